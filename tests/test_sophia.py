@@ -465,3 +465,20 @@ def test_a_closure_that_updates_h_needs_bs_too():
 
     with pytest.raises(ValueError, match="needs bs"):
         optimizer.step(closure)
+
+
+@both_sources
+@pytest.mark.parametrize(("average", "kept"), [("kernel", 2), ("row", 1)])
+def test_estimates_are_averaged_over_kernels_or_rows(average, kept, source):
+    shapes = [(4, 3, 3, 2), (4, 3), (5,), ()]
+    optimizer, plain = (SophiaG(parameters(*shapes), hessian_average=a) for a in (average, None))
+    for turn in range(2):
+        sampled = [drawn(p, -1 - turn, i) for i, p in enumerate(held(optimizer))]
+        means = [g.square().flatten(kept).mean(-1) if g.dim() > kept else g.square() for g in sampled]
+        expected = [m.reshape(m.shape + (1,) * (g.dim() - m.dim())).expand_as(g) for m, g in zip(means, sampled)]
+        update_hessian(optimizer, sampled, source)
+        update_hessian(plain, expected, "estimates")
+    for p, q in zip(held(optimizer), held(plain)):
+        torch.testing.assert_close(optimizer.state[p]["hessian"], plain.state[q]["hessian"])
+    with pytest.raises(ValueError, match=r"Invalid hessian_average: found 'colum', expected None or .*'kernel'"):
+        SophiaG(parameters(), hessian_average="colum")

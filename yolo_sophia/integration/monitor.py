@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from yolo_sophia.optim import SophiaG
-from yolo_sophia.optim.sophia import bias_correction_factor
+from yolo_sophia.optim.base import bias_correction_factor
 
 SAMPLED = ("clip_fraction", "grad_norm", "momentum_norm", "hessian_norm", "update_norm")
 SAMPLE_EVERY = 5

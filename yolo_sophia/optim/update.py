@@ -1,6 +1,7 @@
 """The update rule of Sophia over lists of tensors, written twice: tensor by tensor, and with multi-tensor kernels.
 
-Both do the same arithmetic in the same order. Paper: arXiv 2305.14342; the additive eps is the official code's.
+Both do the same arithmetic in the same order. Paper: arXiv 2305.14342, whose denominator is max(rho h, eps); the
+official code's is rho h + eps.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def single_tensor_update(
     weight_decay: float,
     eps: float,
     maximize: bool,
+    bound: float = 1.0,
+    floor: bool = False,
 ) -> None:
     """Update params and exp_avgs in place, one tensor after the other.
 
@@ -39,13 +42,17 @@ def single_tensor_update(
         lr: Learning rate.
         beta1: Decay of m.
         weight_decay: Decoupled weight decay.
-        eps: Added to the denominator.
+        eps: Added to the denominator, or its smallest value.
         maximize: Follow the gradient upwards.
+        bound: Largest absolute entry of the update, before lr.
+        floor: Take eps as the smallest value of the denominator: a negative h, as of Hutchinson's estimate, then
+            gives a step of full size along the momentum.
     """
     for p, g, m, h, scale in zip(params, grads, exp_avgs, hessians, scales):
         m.mul_(beta1).add_(g, alpha=beta1 - 1 if maximize else 1 - beta1)
-        update = torch.mul(h, scale).add_(_representable(eps, h.dtype))
-        torch.div(m, update, out=update).clamp_(-1, 1)
+        update, least = torch.mul(h, scale), _representable(eps, h.dtype)
+        update = update.clamp_(min=least) if floor else update.add_(least)
+        torch.div(m, update, out=update).clamp_(-bound, bound)
         if weight_decay:
             p.mul_(1 - lr * weight_decay)
         p.add_(update, alpha=-lr)
@@ -63,6 +70,8 @@ def foreach_update(
     weight_decay: float,
     eps: float,
     maximize: bool,
+    bound: float = 1.0,
+    floor: bool = False,
 ) -> None:
     """Update params and exp_avgs in place with multi-tensor kernels; arguments as in `single_tensor_update`."""
     buckets = Optimizer._group_tensors_by_device_and_dtype([params, grads, exp_avgs, hessians], with_indices=True)
@@ -70,10 +79,10 @@ def foreach_update(
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, g, alpha=beta1 - 1 if maximize else 1 - beta1)
         update = torch._foreach_mul(h, [scales[i] for i in indices])
-        torch._foreach_add_(update, _representable(eps, dtype))
+        (torch._foreach_clamp_min_ if floor else torch._foreach_add_)(update, _representable(eps, dtype))
         update = torch._foreach_div(m, update)
-        torch._foreach_clamp_min_(update, -1)
-        torch._foreach_clamp_max_(update, 1)
+        torch._foreach_clamp_min_(update, -bound)
+        torch._foreach_clamp_max_(update, bound)
         if weight_decay:
             torch._foreach_mul_(p, 1 - lr * weight_decay)
         torch._foreach_add_(p, update, alpha=-lr)

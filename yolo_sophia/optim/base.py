@@ -1,0 +1,229 @@
+"""What all optimizers of the Sophia family share: state, checks, the average h of curvature estimates, the step.
+
+The rule: a subclass says where estimates come from and how the step is scaled; nothing else differs in the family.
+Paper: arXiv 2305.14342. Its notation, with t the number of Hessian updates:
+
+    m <- b1 m + (1 - b1) g                            every step
+    h <- b2 h + (1 - b2) average(h_hat)               every Hessian update, before the parameters move
+    theta <- theta - lr wd theta                      decoupled decay
+    theta <- theta - lr clip(m / denominator(h / (1 - b2^t)), bound)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from yolo_sophia.optim.update import foreach_update, single_tensor_update
+
+STATE = ("step", "exp_avg", "hessian", "hessian_updates")
+HESSIAN_AVERAGES: Mapping[str, int] = MappingProxyType({"kernel": 2, "row": 1})
+"""Leading dimensions that an averaged estimate keeps; its mean is taken over the others. For a convolution's weight, shape
+(out, in, height, width): "kernel" leaves one value per kernel, "row" one per output channel."""
+
+
+class SophiaBase(Optimizer):
+    """State, checks, and both halves of the algorithm; see the subclasses for the hyperparameters.
+
+    State per parameter: `step` (scalar), `exp_avg` (m), `hessian` (h, both of the parameter's shape), and
+    `hessian_updates` (int, t above).
+
+    Attributes:
+        floor: Whether eps is the smallest value of the denominator, as in the paper, or added to it, as in the official
+            code. An estimate that can be negative needs the former.
+    """
+
+    floor = True
+
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        super().__init__(params, {"maximize": False, "foreach": None, **optional_settings(), **defaults})
+
+    def __setstate__(self, state: dict) -> None:
+        """Restore a pickled or loaded state; fills in what older checkpoints do not hold."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in {"maximize": False, "foreach": None, **optional_settings()}.items():
+                group.setdefault(key, value)
+        for held in self.state.values():
+            held.setdefault("hessian_updates", 0)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state; one of another optimizer is refused before anything changes.
+
+        Args:
+            state_dict: What `state_dict()` of this class gave.
+
+        Raises:
+            ValueError: The state is another optimizer's, or does not fit the parameter groups.
+        """
+        foreign = sorted({key for state in state_dict["state"].values() for key in state} - set(STATE))
+        if foreign or any("hessian" not in state for state in state_dict["state"].values()):
+            name = type(self).__name__
+            raise ValueError(
+                f"The state is not {name}'s: expected {list(STATE)} for each parameter"
+                f"{f', found {foreign} as well' if foreign else ', found some without hessian'}. Start the optimizer "
+                f"anew, or load a checkpoint that {name} wrote."
+            )
+        super().load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a parameter group; its hyperparameters and parameters are checked first.
+
+        Args:
+            param_group: `params` and any hyperparameter that differs from the defaults.
+
+        Raises:
+            ValueError: A hyperparameter is out of range, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):  # TypeError: a comparison with what is no number
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict) -> None:
+        require(float(group["lr"]) >= 0, group, "lr", "a number >= 0")
+        betas = group["betas"]
+        valid = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+        require(valid, group, "betas", "two numbers in [0, 1)")
+        require(group["rho"] > 0, group, "rho", "a number > 0")
+        require(group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
+        require(group["eps"] > 0, group, "eps", "a number > 0")
+        average = group["hessian_average"]
+        require(average in (None, *HESSIAN_AVERAGES), group, "hessian_average", f"None or of {[*HESSIAN_AVERAGES]}")
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError(
+                    f"{type(self).__name__} does not support complex parameters, found one of {p.dtype} and shape "
+                    f"{tuple(p.shape)}; train torch.view_as_real(...) of it instead."
+                )
+
+    def _parameters(self) -> list[tuple[dict, Tensor]]:
+        """All (group, parameter) pairs in the order of the groups."""
+        return [(group, p) for group in self.param_groups for p in group["params"]]
+
+    def _state_of(self, p: Tensor) -> dict:
+        """The state of one parameter, made at its first use."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["hessian"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["hessian_updates"] = 0
+        return state
+
+    @torch.no_grad()
+    def update_hessian(self, estimates: Iterable[Tensor | None]) -> None:
+        """Move h towards a new estimate: h <- b2 h + (1 - b2) h_hat.
+
+        Args:
+            estimates: One tensor per parameter in the order of the parameter groups, of the parameter's shape and at
+                the scale of the objective that `step` sees (None skips a parameter).
+
+        Raises:
+            ValueError: Number or shape of the estimates differs from the parameters'.
+        """
+        self._move_hessian(self._checked(estimates))
+
+    def _checked(self, estimates: Iterable[Tensor | None]) -> list[Tensor | None]:
+        pairs, values = self._parameters(), list(estimates)
+        if len(values) != len(pairs):
+            raise ValueError(f"update_hessian() got {len(values)} estimates for {len(pairs)} parameters.")
+        for i, ((_, p), value) in enumerate(zip(pairs, values)):
+            if value is not None and value.shape != p.shape:
+                raise ValueError(f"Estimate {i} has shape {tuple(value.shape)}, its parameter has {tuple(p.shape)}.")
+        return values
+
+    def _move_hessian(self, values: Sequence[Tensor | None], squared: bool = False) -> None:
+        """Average over kernels or rows, then over time; `squared` says that the values are roots of estimates."""
+        for (group, p), value in zip(self._parameters(), values):
+            if value is None:
+                continue
+            state, beta2, average = self._state_of(p), group["betas"][1], group["hessian_average"]
+            state["hessian_updates"] += 1
+            if squared and average is None:  # no square is stored
+                state["hessian"].mul_(beta2).addcmul_(value, value, value=1 - beta2)
+            else:
+                estimate = value.square() if squared else value
+                state["hessian"].mul_(beta2).add_(averaged(estimate, average), alpha=1 - beta2)
+
+    def _scale_and_bound(self, group: dict) -> tuple[float, float]:
+        """Factor on h in the denominator, and the largest entry of the update: here the paper's rho and 1."""
+        return group["rho"], 1.0
+
+    def _move_parameters(self, factor: float = 1.0) -> None:
+        """One step with the gradients in `.grad`; the factor multiplies h."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [self._dense(p.grad, "step()") for p in params]
+            states = [self._state_of(p) for p in params]
+            scale, bound = self._scale_and_bound(group)
+            scales = [scale * factor / bias_correction_factor(group, s) for s in states]
+            for s in states:
+                s["step"] += 1
+            foreach = params[0].is_cuda if group["foreach"] is None else group["foreach"]
+            (foreach_update if foreach else single_tensor_update)(
+                params,
+                grads,
+                [s["exp_avg"] for s in states],
+                [s["hessian"] for s in states],
+                scales,
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                bound=bound,
+                floor=self.floor,
+            )
+
+    def _dense(self, grad: Tensor | None, where: str) -> Tensor | None:
+        if grad is not None and grad.is_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__}.{where} found a sparse gradient; it supports dense ones only. Use sparse=False "
+                "in the embedding layer, or torch.optim.SparseAdam for that parameter."
+            )
+        return grad
+
+
+def optional_settings() -> dict[str, Any]:
+    """What the paper does not have, off by default: keys of every parameter group."""
+    return {"bias_correction": False, "hessian_average": None}
+
+
+def evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    """What the closure returns, with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def averaged(estimate: Tensor, average: str | None) -> Tensor:
+    """Mean over a kernel or an output row, shape (..., 1, 1); as it is where there is nothing to average over."""
+    dims = tuple(range(estimate.dim() if average is None else HESSIAN_AVERAGES[average], estimate.dim()))
+    return estimate.mean(dims, keepdim=True) if dims else estimate
+
+
+def bias_correction_factor(group: dict, state: dict) -> float:
+    """1 - b2^t where bias correction is on and h was updated t > 0 times, else 1."""
+    updates = state["hessian_updates"]
+    return 1 - group["betas"][1] ** updates if group["bias_correction"] and updates else 1.0
+
+
+def require(valid: bool, group: dict, name: str, expected: str) -> None:
+    """Refuse a hyperparameter of a parameter group.
+
+    Raises:
+        ValueError: `valid` is false.
+    """
+    if not valid:
+        raise ValueError(f"Invalid {name}: found {group[name]!r}, expected {expected}.")
