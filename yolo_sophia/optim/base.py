@@ -23,8 +23,8 @@ from yolo_sophia.optim.update import foreach_update, single_tensor_update
 
 STATE = ("step", "exp_avg", "hessian", "hessian_updates")
 HESSIAN_AVERAGES: Mapping[str, int] = MappingProxyType({"kernel": 2, "row": 1})
-"""Leading dimensions that an averaged estimate keeps; its mean is taken over the others. For a convolution's weight, shape
-(out, in, height, width): "kernel" leaves one value per kernel, "row" one per output channel."""
+"""Leading dimensions that an averaged estimate keeps; its mean is taken over the others. For a convolution's weight,
+shape (out, in, height, width): "kernel" leaves one value per kernel, "row" one per output channel."""
 
 
 class SophiaBase(Optimizer):
