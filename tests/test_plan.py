@@ -15,7 +15,8 @@ from yolo_sophia.compare.board import duration, eta_seconds
 from yolo_sophia.compare.execute import Progress, last_lines
 from yolo_sophia.compare.plan import KEYS, Plan, build, data_name, make_run, parse, runs
 from yolo_sophia.compare.results import MAP50_95, RunResult
-from yolo_sophia.compare.tuning import OTHERS, SPACES, TRIAL_SEED, choose, halton, settings, space_of, trial_runs
+from yolo_sophia.compare.spaces import OTHERS, SPACES, space_of
+from yolo_sophia.compare.tuning import TRIAL_SEED, choose, halton, settings, trial_runs
 from yolo_sophia.compare.view import plan_yaml
 
 BASE = {"data": "sets/bccd/data.yaml", "model": "yolov8n.pt", "optimizers": "SophiaG,AdamW"}
@@ -190,10 +191,10 @@ def test_arms_spell_optimizers_in_any_case():
         ({"rho": 0.1}, "arm AdamW: ['rho'] are arguments of optimizer=SophiaG"),
         ({"optimizers": "SGD", "optimizer_args": "{eps: 1}"}, "arm SGD: ['optimizer_args']"),
         ({"optimizers": "torch.optim.SGD", "optimizer_args": "{nesteroff: 1}"}, "Did you mean 'nesterov'?"),
-        ({"seed": 3}, "seed is decided by the comparison: say seeds=..."),
-        ({"optimizer": "SGD"}, "optimizer is decided by the comparison: say optimizers=..."),
-        ({"project": "here"}, "project is decided by the comparison: say out=..."),
-        ({"resume": "True"}, "resume is decided by the comparison"),
+        ({"seed": 3}, "seed is decided by the plan: say seeds=..."),
+        ({"optimizer": "SGD"}, "optimizer is decided by the plan: say optimizers=..."),
+        ({"project": "here"}, "project is decided by the plan: say out=..."),
+        ({"resume": "True"}, "resume is decided by the plan"),
         ({"device": "0,1"}, "device=0,1: a run has one; devices=... spreads the runs"),
     ],
 )
@@ -214,8 +215,8 @@ def test_refuses(changes, message):
         ("{data: d, model: m, arms: {AdamW: 3}}", "arms: AdamW: found 3, expected a mapping of arguments"),
         ("{data: d, model: m, arms: {}}", "the plan has no arms"),
         ("{data: d, model: m, arms: {AdamW: {lr: 1}}}", "arm AdamW: 'lr' is not a known argument. Did you mean 'lrf'?"),
-        ("{data: d, model: m, arms: {AdamW: {epochs: 3}}}", "arm AdamW: epochs is decided by the comparison"),
-        ("{data: d, model: m, arms: {AdamW: {data: e}}}", "arm AdamW: data is decided by the comparison"),
+        ("{data: d, model: m, arms: {AdamW: {epochs: 3}}}", "arm AdamW: epochs is decided by the plan"),
+        ("{data: d, model: m, arms: {AdamW: {data: e}}}", "arm AdamW: data is decided by the plan"),
         ("{data: d, model: m, arms: {AdamW: {seeds: 3}}}", "arm AdamW: 'seeds' is not a known argument"),
         ("{data: d, model: m, arms: {mine: {lr0: 0.1}}}", "arm mine: optimizer='mine' is not an optimizer"),
         ("{data: d, model: m, arms: {a/b: {optimizer: SGD}}}", "arm 'a/b': expected letters"),
@@ -352,7 +353,7 @@ def test_settings():
 @pytest.mark.parametrize("name", [*SPACES, "torch.optim.Adagrad"])
 def test_trials_are_equal_in_number_inside_the_space_and_the_same_each_time(name):
     arm = plan(optimizers=name).arms[0]
-    space = space_of(arm)
+    space = space_of(arm.arguments["optimizer"])
     assert space == SPACES.get(name, OTHERS)
     made = settings(arm, 9)
     assert made == settings(arm, 9) and made[0] == {}

@@ -12,7 +12,8 @@ from collections import Counter
 
 from yolo_sophia.compare.board import duration
 from yolo_sophia.compare.plan import Plan, data_name, runs
-from yolo_sophia.compare.tuning import space_of, trial_runs
+from yolo_sophia.compare.spaces import space_of
+from yolo_sophia.compare.tuning import trial_runs
 
 GFLOPS_640 = {"n": 8.7, "s": 28.6, "m": 78.9, "l": 165.2, "x": 257.8}
 """Forward pass of YOLOv8 per image at 640 px, as Ultralytics' documentation lists them."""
@@ -71,4 +72,5 @@ def estimate(plan: Plan) -> str:
 
 
 def _space(arm) -> str:
-    return ", ".join(f"{key} {r.low:g}-{r.high:g}" for key, r in space_of(arm).items()) or "nothing"
+    space = space_of(arm.arguments["optimizer"])
+    return ", ".join(f"{key} {dimension}" for key, dimension in space.items()) or "nothing"

@@ -90,7 +90,7 @@ def execute(
                 if not waiting:
                     return
                 item = waiting.pop(0)
-            _train_one(out, item, threads, device, stopping)
+            train_one(out, item, threads, device, stopping)
             if item.state == "elsewhere":  # its turn comes again, after those that nobody trains yet
                 with mutex:
                     waiting.append(item)
@@ -114,7 +114,16 @@ def execute(
     return board
 
 
-def _train_one(out: Path, item: Progress, threads: int, device: str | None, stopping: threading.Event) -> None:
+def train_one(out: Path, item: Progress, threads: int, device: str | None, stopping: threading.Event) -> None:
+    """Train one run to its end, in a process of its own; returns with its state set.
+
+    Args:
+        out: Folder of the comparison.
+        item: The run; kept up to date meanwhile.
+        threads: Threads of the processor.
+        device: Number of the GPU; None for the CPU.
+        stopping: Set from another thread, it ends the training, whose folder stays resumable.
+    """
     folder = folder_of(out, item.run)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if device is not None:

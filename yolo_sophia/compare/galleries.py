@@ -74,7 +74,7 @@ def _curves(
     ends = [f"{line.style.name} {line.middle[-1]:.3g}" if line.x else f"{line.style.name} no run" for line in lines]
     alt = f"{title}. Median of the runs at the end: {', '.join(ends)}."
     alt += "" if target is None else f" Target {target:.3f}."
-    return _picture(f"{data}-{label}-{axis}", figures.curves(title, label, axis, lines, target), alt)
+    return picture(f"{data}-{label}-{axis}", figures.curves(title, label, axis, lines, target), alt)
 
 
 def target_bars(view: View, data: str) -> list[Picture]:
@@ -96,7 +96,7 @@ def target_bars(view: View, data: str) -> list[Picture]:
         noun = "time" if axis == "seconds" else axis
         title = f"{short(data)}: {noun} to mAP50-95 {target:.3f}"
         alt = f"{title}, median over seeds: {', '.join(words)}."
-        pictures.append(_picture(f"{data}-{noun}-to-target", figures.bars(title, axis, rows), alt))
+        pictures.append(picture(f"{data}-{noun}-to-target", figures.bars(title, axis, rows), alt))
     return pictures
 
 
@@ -114,7 +114,7 @@ def ratio_forests(view: View) -> list[Picture]:
             title = f"{noun} to the target over {short(view.plan.reference, 20)}'s"
             found = (f"{r.arm}{f' on {r.data}' if several else ''} {ratio_text(r)}" for *_, r in rows)
             alt = f"{title}: {', '.join(found)}."
-            pictures.append(_picture(f"{noun}-ratio", figures.forest(title[0].upper() + title[1:], rows), alt))
+            pictures.append(picture(f"{noun}-ratio", figures.forest(title[0].upper() + title[1:], rows), alt))
     return pictures
 
 
@@ -136,7 +136,7 @@ def horizon_curves(view: View, data: str) -> list[Picture]:
         return []
     title = f"{short(data)}: final mAP50-95 of full schedules"
     figure = figures.horizons(title, lines, view.target(data))
-    return [_picture(f"{data}-horizons", figure, f"{title}: {'; '.join(words)}.")]
+    return [picture(f"{data}-horizons", figure, f"{title}: {'; '.join(words)}.")]
 
 
 def profile_curves(view: View) -> tuple[list[Picture], dict[str, tuple[float, ...]], list[str]]:
@@ -154,11 +154,12 @@ def profile_curves(view: View) -> tuple[list[Picture], dict[str, tuple[float, ..
         noun = "time" if axis == "seconds" else axis
         title = f"Performance profile: {noun} to target"
         alt = f"{title}. Area under the line: {', '.join(f'{own.arm} {own.area:.2f}' for own in drawn)}."
-        pictures.append(_picture(f"profile-{noun}", figures.profile(title, rows), alt))
+        pictures.append(picture(f"profile-{noun}", figures.profile(title, rows), alt))
         areas = {own.arm: (*areas[own.arm], own.area) for own in drawn}
     return pictures, areas, [data for data in view.data if data not in ready]
 
 
-def _picture(name: str, figure: Figure, alt: str) -> Picture:
+def picture(name: str, figure: Figure, alt: str) -> Picture:
+    """The figure as a page and a folder take it, under a name that both can use."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
     return Picture(name, alt, to_svg(figure, alt, name.replace(".", "-")), to_png(figure))

@@ -82,7 +82,8 @@ class Plan:
         return int(self.common["epochs"])
 
 
-def _whole(minimum: int) -> Callable[[Any], bool]:
+def whole(minimum: int) -> Callable[[Any], bool]:
+    """A check for whole numbers from a minimum on."""
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= minimum
 
 
@@ -114,10 +115,10 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "tune_trials": Key(
             "trials per arm over its search space before the comparison (default: 0)",
             0,
-            _whole(0),
+            whole(0),
             "a whole number >= 0",
         ),
-        "tune_epochs": Key("epochs of a trial (default: a third of the run's)", None, _whole(1), "a whole number >= 1"),
+        "tune_epochs": Key("epochs of a trial (default: a third of the run's)", None, whole(1), "a whole number >= 1"),
         "bn_recalibrate": Key(
             "recalibrate BatchNorm statistics on training images before each validation, in every arm",
             False,
@@ -137,9 +138,9 @@ KEYS: Mapping[str, Key] = MappingProxyType(
             lambda v: v in ("local", "ray"),
             "local or ray",
         ),
-        "workers": Key("runs side by side (default: one per device, else 1)", None, _whole(1), "a whole number >= 1"),
+        "workers": Key("runs side by side (default: one per device, else 1)", None, whole(1), "a whole number >= 1"),
         "devices": Key("GPU numbers to spread the workers over (default: CPU)", ()),
-        "cpus": Key("engine=ray: processors and threads of a run (default: 1)", None, _whole(1), "a whole number >= 1"),
+        "cpus": Key("engine=ray: processors and threads of a run (default: 1)", None, whole(1), "a whole number >= 1"),
         "gpus": Key(
             "engine=ray: GPUs of a run, 0.5 for two runs on one (default: 0, the CPU)",
             None,
@@ -178,14 +179,23 @@ def parse(words: Sequence[str]) -> Plan:
     Raises:
         ValueError: What is wrong with which key, and what was expected.
     """
+    return build(read_words(words))
+
+
+def read_words(words: Sequence[str]) -> dict[str, Any]:
+    """Read `key=value` words into a mapping, on top of that of the `plan=` file.
+
+    Raises:
+        ValueError: A word is no `key=value`, or the file is not readable.
+    """
     typed: dict[str, Any] = {}
     for word in words:
         key, separator, text = word.lstrip("-").partition("=")
         if not separator or not key:
             raise ValueError(f"found {word!r}, expected key=value, such as data=my.yaml or seeds=3.")
         typed[key] = _value(key, text)
-    content = _read(Path(str(typed.pop("plan")))) if "plan" in typed else {}
-    return build({**content, **typed})
+    content = read_mapping("plan", typed.pop("plan")) if "plan" in typed else {}
+    return {key: plain_numbers(value) for key, value in {**content, **typed}.items()}
 
 
 def _value(key: str, text: str) -> Any:
@@ -201,31 +211,37 @@ def _scalar(text: str) -> Any:
     if text.lower() in {"none", "null", ""}:
         return None
     try:
-        return _number(yaml.safe_load(text))
+        return plain_numbers(yaml.safe_load(text))
     except yaml.YAMLError:
         return text
 
 
-def _number(value: Any) -> Any:
+def plain_numbers(value: Any) -> Any:
     """YAML 1.1 reads 1e-3 as a string; the user means the number, inside `optimizer_args` too."""
     if isinstance(value, dict):
-        return {key: _number(own) for key, own in value.items()}
+        return {key: plain_numbers(own) for key, own in value.items()}
     if isinstance(value, list):
-        return [_number(own) for own in value]
+        return [plain_numbers(own) for own in value]
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)
     return value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(word: str, given: Any) -> dict[str, Any]:
+    """Read a YAML file that was given as `word=path` and holds a mapping.
+
+    Raises:
+        ValueError: There is no such file, or it holds something else.
+    """
+    path = Path(str(given))
     if not path.is_file():
-        raise ValueError(f"plan={path}: no such file.")
+        raise ValueError(f"{word}={path}: no such file.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"plan={path} is not readable YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{word}={path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"plan={path}: found {type(content).__name__}, expected a mapping of keys to values.")
+        raise ValueError(f"{word}={path}: found {type(content).__name__}, expected a mapping of keys to values.")
     return content
 
 
@@ -235,7 +251,7 @@ def build(content: Mapping[str, Any]) -> Plan:
     Raises:
         ValueError: What is wrong with which key, and what was expected.
     """
-    content = {key: _number(value) for key, value in content.items()}
+    content = {key: plain_numbers(value) for key, value in content.items()}
     if missing := [key for key in ("data", "model") if not content.get(key)]:
         raise ValueError(f"the plan lacks {' and '.join(missing)}: say {' '.join(f'{key}=...' for key in missing)}.")
     own = {}
@@ -246,7 +262,7 @@ def build(content: Mapping[str, Any]) -> Plan:
             raise ValueError(f"{key}={value!r}: expected {spec.expected}.")
     _check_engine(own)
     common = {"epochs": 100, **content}
-    if not _whole(1)(common["epochs"]):
+    if not whole(1)(common["epochs"]):
         raise ValueError(f"epochs={common['epochs']!r}: expected a whole number >= 1.")
     _check_known(common, "the plan")
     _check_free(common, "the plan", {"epochs"})
@@ -262,8 +278,8 @@ def build(content: Mapping[str, Any]) -> Plan:
     if reference not in names:
         raise ValueError(f"reference={reference!r} is not an arm.{suggestion(reference, names)} Arms: {names}.")
     seeds = own["seeds"]
-    seeds = tuple(range(seeds)) if _whole(1)(seeds) else tuple(seeds) if isinstance(seeds, (list, tuple)) else ()
-    if not seeds or not all(map(_whole(0), seeds)) or len(set(seeds)) < len(seeds):
+    seeds = tuple(range(seeds)) if whole(1)(seeds) else tuple(seeds) if isinstance(seeds, (list, tuple)) else ()
+    if not seeds or not all(map(whole(0), seeds)) or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={own['seeds']!r}: expected a number >= 1, or a list of different whole numbers.")
     horizons = tuple(_listed(own["horizons"]))
     if not all(isinstance(h, (int, float)) and 0 < h <= 1 for h in horizons) or 1.0 not in horizons:
@@ -353,7 +369,7 @@ def _check_free(arguments: Mapping[str, Any], where: str, free: set[str]) -> Non
     """Refuse what would be overridden, but for what is `free` here."""
     for key, hint in DECIDED.items():
         if key in arguments and key not in free:
-            raise ValueError(f"{where}: {key} is decided by the comparison: {hint}.")
+            raise ValueError(f"{where}: {key} is decided by the plan: {hint}.")
     if "," in str(arguments.get("device", "")):
         raise ValueError(f"{where}: device={arguments['device']}: a run has one; devices=... spreads the runs.")
 

@@ -59,8 +59,14 @@ def write_report(
     out = Path(out)
     view = View.of(plan, results)
     document = compose(view, searches, coco or {})
-    (out / FIGURES).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / CSV, rows_csv(view))
+    return write_document(document, out)
+
+
+def write_document(document: Document, out: Path) -> Path:
+    """Write a document as report.html, report.md and figures/*.png; returns the path of the first."""
+    (out / FIGURES).mkdir(parents=True, exist_ok=True)
     for picture in pictures(document.sections):
         partial = out / FIGURES / f".{picture.name}.{os.getpid()}"
         partial.write_bytes(picture.png)

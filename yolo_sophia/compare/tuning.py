@@ -6,59 +6,16 @@ the same for every invocation; trials use a seed that takes no part in the compa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from yolo_sophia.compare.plan import Arm, Plan, Run, data_name, make_run
 from yolo_sophia.compare.results import MAP50_95, RunResult
+from yolo_sophia.compare.spaces import space_of
 
 TRIAL_SEED = 9_999
 BASES = (2, 3, 5)
-
-
-@dataclass(frozen=True)
-class Range:
-    """An interval to search, uniform in the value or in its logarithm."""
-
-    low: float
-    high: float
-    log: bool = True
-
-    def at(self, u: float) -> float:
-        """The value at the fraction u in [0, 1), rounded to four significant digits."""
-        if self.log:
-            value = math.exp(math.log(self.low) + u * math.log(self.high / self.low))
-        else:
-            value = self.low + u * (self.high - self.low)
-        return float(f"{value:.4g}")
-
-
-_ADAM = {"lr0": Range(2e-4, 1e-2), "weight_decay": Range(1e-5, 1e-1)}
-SPACES: Mapping[str, Mapping[str, Range]] = MappingProxyType(
-    {
-        "sophiag": {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)},
-        "adam": _ADAM,
-        "adamw": _ADAM,
-        "adamax": _ADAM,
-        "nadam": _ADAM,
-        "radam": _ADAM,
-        "sgd": {"lr0": Range(1e-3, 1e-1), "momentum": Range(0.8, 0.98, log=False)},
-        "musgd": {"lr0": Range(1e-3, 5e-2), "momentum": Range(0.8, 0.98, log=False)},
-        "rmsprop": {"lr0": Range(1e-5, 1e-2), "momentum": Range(0.0, 0.95, log=False)},
-        "auto": {},  # chooses its own learning rate: there is nothing to search
-    }
-)
-"""What is searched for each optimizer: the learning rate and its one other knob."""
-OTHERS: Mapping[str, Range] = MappingProxyType({"lr0": Range(1e-5, 1e-2), "weight_decay": Range(1e-5, 1e-1)})
-"""What is searched for an optimizer given by a dotted path."""
-
-
-def space_of(arm: Arm) -> Mapping[str, Range]:
-    """The search space of an arm."""
-    return SPACES.get(str(arm.arguments["optimizer"]).lower(), OTHERS)
 
 
 def halton(index: int, base: int) -> float:
@@ -73,7 +30,7 @@ def halton(index: int, base: int) -> float:
 
 def settings(arm: Arm, trials: int) -> list[dict[str, float]]:
     """What each trial changes in the arm; the first changes nothing. No space, no further trials."""
-    space = space_of(arm)
+    space = space_of(arm.arguments["optimizer"])
     points = range(1, trials if space else 1)
     return [{}] + [{key: r.at(halton(i, b)) for (key, r), b in zip(space.items(), BASES)} for i in points]
 

@@ -1,0 +1,141 @@
+"""What is searched for each optimizer, and how a search space is written; the one place for tuning of any kind.
+
+The rule: a dimension gives only values that are trained as they are recorded: inside its bounds, and rounded to four
+significant digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+FORMS = (
+    "[low, high], [low, high, 'log'], [low, high, 'int'], a list of strings or of three or more numbers to choose "
+    "from, {'choices': [...]}, or null to leave it out"
+)
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval to search, uniform in the value or in its logarithm; `whole` allows whole numbers only."""
+
+    low: float
+    high: float
+    log: bool = True
+    whole: bool = False
+
+    @property
+    def samples(self) -> tuple[float, ...]:
+        """Values that stand for all: if the ends are valid, so is what lies between."""
+        return self.low, self.high
+
+    def at(self, u: float) -> float:
+        """The value at the fraction u in [0, 1]."""
+        if self.log:
+            return self.settle(math.exp(math.log(self.low) + u * math.log(self.high / self.low)))
+        return self.settle(self.low + u * (self.high - self.low))
+
+    def settle(self, value: float) -> float:
+        """The value as it is trained: four significant digits or a whole number, and never outside."""
+        value = round(value) if self.whole else float(f"{value:.4g}")
+        return min(max(value, self.low), self.high)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is of the dimension."""
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and self.low <= value <= self.high and (not self.whole or value == round(value))
+
+    def __str__(self) -> str:
+        kinds = ", logarithmic" * self.log + ", whole numbers" * self.whole
+        return f"{self.low:g}-{self.high:g}{kinds}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values to choose from, without an order."""
+
+    values: tuple[Any, ...]
+
+    @property
+    def samples(self) -> tuple[Any, ...]:
+        """All of them."""
+        return self.values
+
+    def at(self, u: float) -> Any:
+        """The value at the fraction u in [0, 1]."""
+        return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+
+    def settle(self, value: Any) -> Any:
+        """The value as it is."""
+        return value
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is of the dimension; True is not 1 here."""
+        return any(type(own) is type(value) and own == value for own in self.values)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.values))
+
+
+Dimension = Range | Choice
+
+_ADAM = {"lr0": Range(2e-4, 1e-2), "weight_decay": Range(1e-5, 1e-1)}
+SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
+    {
+        "sophiag": {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)},
+        "adam": _ADAM,
+        "adamw": _ADAM,
+        "adamax": _ADAM,
+        "nadam": _ADAM,
+        "radam": _ADAM,
+        "sgd": {"lr0": Range(1e-3, 1e-1), "momentum": Range(0.8, 0.98, log=False)},
+        "musgd": {"lr0": Range(1e-3, 5e-2), "momentum": Range(0.8, 0.98, log=False)},
+        "rmsprop": {"lr0": Range(1e-5, 1e-2), "momentum": Range(0.0, 0.95, log=False)},
+        "auto": {},  # chooses its own learning rate: there is nothing to search
+    }
+)
+"""What is searched for each optimizer: the learning rate and its one other knob."""
+OTHERS: Mapping[str, Dimension] = MappingProxyType({"lr0": Range(1e-5, 1e-2), "weight_decay": Range(1e-5, 1e-1)})
+"""What is searched for an optimizer given by a dotted path."""
+
+
+def space_of(optimizer: object) -> Mapping[str, Dimension]:
+    """The search space of an optimizer by its name or dotted path."""
+    return SPACES.get(str(optimizer).lower(), OTHERS)
+
+
+def read_dimension(key: str, given: Any) -> Dimension | None:
+    """Read one entry of a written space; None where it takes the key out.
+
+    Raises:
+        ValueError: It is none of `FORMS`.
+    """
+    if given is None:
+        return None
+    values = given.get("choices") if isinstance(given, dict) and set(given) == {"choices"} else given
+    numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in _listed(values)]
+    bounds, words = _listed(values)[:2], _listed(values)[2:]
+    if values is given and len(bounds) == 2 and all(numbers[:2]) and not any(numbers[2:]):
+        low, high = bounds
+        # YAML reads words; {"log", "int"} in any order, each once.
+        if not set(map(str, words)) <= {"log", "int"} or len(set(map(str, words))) < len(words):
+            raise ValueError(f"space: {key}: found {given!r}, expected {FORMS}.")
+        log, whole = "log" in words, "int" in words
+        if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not log)):
+            rule = "0 < low < high for 'log'" if log else "low < high"
+            raise ValueError(f"space: {key}: found {given!r}, expected {rule}.")
+        if whole and (low != round(low) or high != round(high)):
+            raise ValueError(f"space: {key}: found {given!r}, expected whole numbers as bounds for 'int'.")
+        kind = int if whole else float
+        return Range(kind(low), kind(high), log, whole)
+    plain = all(isinstance(v, (str, bool, int, float)) for v in _listed(values))
+    if not _listed(values) or not plain or len({(type(v), v) for v in values}) < len(values):
+        raise ValueError(f"space: {key}: found {given!r}, expected {FORMS}.")
+    return Choice(tuple(values))
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, (list, tuple)) else []
