@@ -464,7 +464,7 @@ VALUES = {  # a value in the settings -> what the message says
     "hessian_interval: 0": "'hessian_interval=0' is an invalid value; 'hessian_interval' must be a whole number >= 1.",
     "hessian_interval: 2.5": "'hessian_interval=2.5' is of invalid type float",
     "hessian_interval: '5'": "'hessian_interval=5' is of invalid type str",
-    "hessian_estimator: gnbb": "'hessian_estimator' must be gnb or empirical_fisher. Did you mean 'gnb'?",
+    "hessian_estimator: gnbb": "'hessian_estimator' must be gnb, empirical_fisher or sign. Did you mean 'gnb'?",
     "hessian_estimator: 1": "'hessian_estimator=1' is of invalid type int",
 }
 MALFORMED |= {f"{HEAD}{{{entry}}}\n": says for entry, says in ENTRIES.items()}
@@ -574,7 +574,7 @@ REFUSED = {  # typed -> the exception and what it says
     "optimizer=SophiaG warmup_epochs=-1": (ValueError, "'warmup_epochs' must be a number >= 0."),
     "optimizer=SophiaG hessian_estimator=gbn": (
         ValueError,
-        "'hessian_estimator=gbn' is an invalid value; 'hessian_estimator' must be gnb or empirical_fisher. "
+        "'hessian_estimator=gbn' is an invalid value; 'hessian_estimator' must be gnb, empirical_fisher or sign. "
         "Did you mean 'gnb'?",
     ),
     "optimizer=SophiaG hessian_estimator=3": (TypeError, "'hessian_estimator=3' is of invalid type int"),

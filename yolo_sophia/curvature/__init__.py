@@ -1,7 +1,15 @@
 """Diagonal curvature estimators and the likelihoods they sample from; PyTorch only."""
 
-from yolo_sophia.curvature.estimators import ESTIMATORS, EmpiricalFisher, Estimator, GaussNewtonBartlett
+from yolo_sophia.curvature.estimators import (
+    ESTIMATORS,
+    EmpiricalFisher,
+    Estimator,
+    GaussNewtonBartlett,
+    RandomSigns,
+)
+from yolo_sophia.curvature.hutchinson import Hutchinson
 from yolo_sophia.curvature.likelihoods import Bernoulli, Categorical, LossTerm, Quadratic
+from yolo_sophia.curvature.signs import SignRandomised, sign_randomised
 
 __all__ = [
     "ESTIMATORS",
@@ -10,6 +18,10 @@ __all__ = [
     "EmpiricalFisher",
     "Estimator",
     "GaussNewtonBartlett",
+    "Hutchinson",
     "LossTerm",
     "Quadratic",
+    "RandomSigns",
+    "SignRandomised",
+    "sign_randomised",
 ]

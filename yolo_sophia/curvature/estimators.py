@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from yolo_sophia.curvature.likelihoods import LossTerm
+from yolo_sophia.curvature.signs import rademacher
 
 
 class Estimator(Protocol):
@@ -71,5 +72,27 @@ class EmpiricalFisher:
         return _squared_pullback(lambda term: term.observed(), terms, params, scale)
 
 
-ESTIMATORS: dict[str, Callable[[], Estimator]] = {"gnb": GaussNewtonBartlett, "empirical_fisher": EmpiricalFisher}
+class RandomSigns:
+    """The true labels' cotangents with a random sign for each output element: an empirical Gauss-Newton diagonal.
+
+    Unlike the empirical Fisher it has no cross terms of different elements; see `signs.py`.
+    """
+
+    def __call__(
+        self, terms: Sequence[LossTerm], params: Sequence[Tensor], generator: Generator | None, scale: float = 1.0
+    ) -> list[Tensor | None]:
+        """Estimate with one set of signs; see `Estimator`."""
+
+        def signed(term: LossTerm) -> Tensor:
+            observed = term.observed()
+            return observed * rademacher(observed, generator)
+
+        return _squared_pullback(signed, terms, params, scale)
+
+
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+    "gnb": GaussNewtonBartlett,
+    "empirical_fisher": EmpiricalFisher,
+    "sign": RandomSigns,
+}
 """Estimators by the name that `hessian_estimator=` takes; an entry added here is accepted there."""

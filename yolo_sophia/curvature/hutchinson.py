@@ -1,0 +1,77 @@
+"""Hutchinson's estimate of the diagonal of the Hessian itself, for any scalar loss that can be differentiated twice.
+
+For signs v with E[v v^T] = I, the elementwise product  v * (H v)  has the diagonal of H as its expectation
+(arXiv 2305.14342, section 2.3). With signs, the diagonal's own part is exact in each probe, and the noise of entry i is
+the sum of the squares of the rest of its row. Unlike a Gauss-Newton diagonal it can be negative: where the loss curves
+down, or by noise. The optimizers take eps in its place there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from yolo_sophia.curvature.signs import rademacher
+
+
+class Hutchinson:
+    """Unbiased diagonal of the Hessian from Hessian-vector products.
+
+    The rule of the other estimators holds: no forward, no `.grad`, no buffer and no global random state is touched, and
+    the graph stays usable for the ordinary backward pass. A probe costs about two backward passes.
+
+    Args:
+        probes: Sign vectors to average over, >= 1; the variance falls with their number.
+
+    Raises:
+        ValueError: `probes` is out of range.
+    """
+
+    def __init__(self, probes: int = 1):
+        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+            raise ValueError(f"Invalid probes: found {probes!r}, expected a whole number >= 1.")
+        self.probes = probes
+
+    def __call__(self, loss: Tensor, params: Sequence[Tensor], generator: Generator | None) -> list[Tensor | None]:
+        """Estimate the diagonal.
+
+        Args:
+            loss: Scalar loss, its graph not yet freed.
+            params: Parameters to estimate for.
+            generator: Source of the signs; None for the global one.
+
+        Returns:
+            Per parameter a tensor of its shape at the scale of the loss, or None where the loss does not depend on it.
+
+        Raises:
+            RuntimeError: The graph is freed or missing, or has an operation without a second derivative.
+        """
+        try:
+            with torch.autocast(loss.device.type, enabled=False):
+                return self._estimate(loss, params, generator)
+        except RuntimeError as error:
+            reasons = ("does not require grad", "second time", "is not implemented", "once_differentiable")
+            if not any(reason in str(error) for reason in reasons):
+                raise
+            raise RuntimeError(
+                "Hutchinson's estimate differentiates the loss twice, which failed here. It needs a scalar loss whose "
+                "graph is still there (before backward(), or after backward(retain_graph=True)) and operations with a "
+                f"second derivative; Gauss-Newton-Bartlett needs one derivative only. PyTorch says: {error}"
+            ) from error
+
+    def _estimate(self, loss: Tensor, params: Sequence[Tensor], generator: Generator | None) -> list[Tensor | None]:
+        gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        curved = [g for g in gradients if g is not None and g.requires_grad]  # the others are constant in all of them
+        sums = [None if g is None else torch.zeros_like(p) for g, p in zip(gradients, params)]
+        for _ in range(self.probes):
+            signs = [rademacher(p, generator) for p in params]
+            if not curved:
+                break
+            given = [v for g, v in zip(gradients, signs) if g is not None and g.requires_grad]
+            products = torch.autograd.grad(curved, params, given, retain_graph=True, allow_unused=True)
+            for total, v, product in zip(sums, signs, products):
+                if product is not None and total is not None:
+                    total.addcmul_(v, product.detach(), value=1 / self.probes)
+        return sums
