@@ -26,6 +26,7 @@ pytestmark = pytest.mark.compat
 EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default, nor ours, nor a shipped preset's
     "rho": 0.123,
     "hessian_interval": 7,
+    "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",
     "beta2": 0.77,
     "lr0": 0.00321,
@@ -462,6 +463,7 @@ VALUES = {  # a value in the settings -> what the message says
     "weight_decay: 1.1": "'weight_decay=1.1' is an invalid value",
     "warmup_epochs: .inf": "'warmup_epochs=inf' is an invalid value",
     "hessian_interval: 0": "'hessian_interval=0' is an invalid value; 'hessian_interval' must be a whole number >= 1.",
+    "hessian_fraction: 0": "'hessian_fraction=0.0' is an invalid value; 'hessian_fraction' must be a number in (0, 1].",
     "hessian_interval: 2.5": "'hessian_interval=2.5' is of invalid type float",
     "hessian_interval: '5'": "'hessian_interval=5' is of invalid type str",
     "hessian_estimator: gnbb": "'hessian_estimator' must be gnb, empirical_fisher or sign. Did you mean 'gnb'?",

@@ -139,12 +139,16 @@ def train(trainer_class: type[Watched], run: dict, wrap_estimator: Callable | No
     return trainer
 
 
-def check_factors(trainer: Watched) -> list[float]:
-    """Every update of h is the estimate times images counted over images estimated; returns these factors."""
+def check_factors(trainer: Watched, estimated: int | None = None) -> list[float]:
+    """Every update of h is the estimate times images counted over images estimated; returns these factors.
+
+    Without their number, all images of the first micro-batch were estimated.
+    """
     factors = []
     for commit in trainer.commits:
-        assert commit.images == (sum(commit.counted), commit.counted[0])
-        factors.append(sum(commit.counted) / commit.counted[0])
+        images = estimated or commit.counted[0]
+        assert commit.images == (sum(commit.counted), images)
+        factors.append(sum(commit.counted) / images)
         torch.testing.assert_close(commit.h, commit.raw * factors[-1], rtol=1e-6, atol=0)
         assert commit.raw.any()
     return factors
@@ -168,47 +172,59 @@ def test_four_copies_of_a_micro_batch_give_four_times_its_h(tiny_run):
     torch.testing.assert_close(four.grad, 4 * one.grad, rtol=1e-3, atol=1e-5 * float(four.grad.abs().max()))
 
 
+def watched(model: torch.nn.Module, micro: list[dict[str, Tensor]]) -> type[Watched]:
+    """A trainer of this model on these micro-batches: windows of all of them, each beginning one further on."""
+
+    class Rotated(Watched):
+        stop_after, calls = len(micro), 0
+
+        def get_model(self, cfg=None, weights=None, verbose=True):
+            return copy.deepcopy(model)
+
+        def preprocess_batch(self, batch):
+            window, place = divmod(self.calls, len(micro))
+            self.calls += 1
+            batch = micro[(window + place) % len(micro)]
+            self.counted.append(len(batch["img"]))
+            return dict(batch)
+
+    return Rotated
+
+
+def expectation(_):
+    """In the place of an estimator, what it gives in expectation over the sampled labels."""
+
+    def estimator(terms, params, generator, scale=1.0):
+        flat = verify.expected_estimate(terms, params)
+        return [x.view_as(p) for x, p in zip(flat.split([p.numel() for p in params]), params)]
+
+    return estimator
+
+
+def exact_diagonal(trainer: Watched, run: verify.Pass, batch: dict[str, Tensor]) -> Tensor:
+    """The diagonal from the loss formula, flat, in the order of the trainer's parameters."""
+    order = [id(p) for p in trainer.params]
+    place = {name: order.index(id(p)) for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert sorted(place) == sorted(run.names)
+    exact = verify.exact_diagonals(run, batch)
+    parts = sum(exact[t] for t in run.terms).split([p.numel() for p in run.params])
+    return torch.cat([part for _, part in sorted(zip((place[n] for n in run.names), parts))])
+
+
+STILL = {"lr0": 0.0, "warmup_bias_lr": 0.0, **verify.GAINS}  # the model does not move
+
+
 def test_expectation_is_the_diagonal_of_the_sum_of_unequal_micro_batches(tiny_run):
-    """Over which micro-batch is the first one, and over all sampled labels; the model does not move (lr = 0)."""
+    """Over which micro-batch is the first one, and over all sampled labels."""
     with verify.float64():
         micro = [verify.random_batch(seed=i, images=2, boxes=n, size=32) for i, n in enumerate((1, 3, 8))]
         model = verify.tiny_detector()
-
-        class Rotated(Watched):
-            stop_after, calls = 3, 0
-
-            def get_model(self, cfg=None, weights=None, verbose=True):
-                return copy.deepcopy(model)
-
-            def preprocess_batch(self, batch):
-                window, place = divmod(self.calls, 3)
-                self.calls += 1
-                self.counted.append(2)
-                return dict(micro[(window + place) % 3])
-
-        def expectation(_):
-            def estimator(terms, params, generator, scale=1.0):
-                flat = verify.expected_estimate(terms, params)
-                return [x.view_as(p) for x, p in zip(flat.split([p.numel() for p in params]), params)]
-
-            return estimator
-
-        trainer = train(Rotated, tiny_run, expectation, nbs=12, epochs=5, lr0=0.0, warmup_bias_lr=0.0, **verify.GAINS)
+        trainer = train(watched(model, micro), tiny_run, expectation, nbs=12, epochs=5, **STILL)
         assert check_factors(trainer) == [3.0] * 3
 
         runs = [verify.forward(model, batch) for batch in micro]
-        names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
-        order = [id(p) for p in trainer.params]
-        in_order = {name: order.index(id(p)) for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-        def diagonal(run: verify.Pass, batch: dict[str, Tensor]) -> list[Tensor]:
-            exact = verify.exact_diagonals(run, batch)
-            parts = sum(exact[t] for t in run.terms).split([p.numel() for p in run.params])
-            return torch.cat([part for _, part in sorted(zip((in_order[n] for n in run.names), parts))])
-
-        assert sorted(names) == sorted(runs[0].names)
         totals = [float(verify.formula(run, batch).target_scores.sum()) for run, batch in zip(runs, micro)]
-        exact = [diagonal(run, batch) for run, batch in zip(runs, micro)]
+        exact = [exact_diagonal(trainer, run, batch) for run, batch in zip(runs, micro)]
         mean = sum(commit.h for commit in trainer.commits) / 3
         torch.testing.assert_close(mean, sum(exact), rtol=1e-6, atol=1e-9)
 
@@ -219,8 +235,19 @@ def test_expectation_is_the_diagonal_of_the_sum_of_unequal_micro_batches(tiny_ru
             assert abs(float(commit.h.sum() / mean.sum()) - 1) > 0.05
         merged = {key: torch.cat([batch[key] for batch in micro]) for key in micro[0]}
         merged["batch_idx"] = torch.cat([batch["batch_idx"] + 2 * i for i, batch in enumerate(micro)])
-        one_batch = diagonal(verify.forward(model, merged), merged)
+        one_batch = exact_diagonal(trainer, verify.forward(model, merged), merged)
         assert abs(float(one_batch.sum() / mean.sum()) - 1) > 0.05
+
+
+def test_expectation_of_a_part_is_its_diagonal_times_the_images(tiny_run):
+    with verify.float64():
+        batch = verify.random_batch(images=6, boxes=2, size=32)
+        model = verify.tiny_detector()
+        trainer = train(watched(model, [batch]), tiny_run, expectation, nbs=4, hessian_fraction=0.5, **STILL)
+        assert check_factors(trainer, estimated=4) == [6 / 4]
+        part = {**{key: batch[key][:8] for key in ("batch_idx", "cls", "bboxes")}, "img": batch["img"][:4]}
+        exact = exact_diagonal(trainer, verify.forward(model, part), part)
+        torch.testing.assert_close(trainer.commits[0].h, 6 / 4 * exact, rtol=1e-6, atol=1e-9)
 
 
 def test_factor_follows_accumulation_through_warm_up(tiny_run):
@@ -231,10 +258,13 @@ def test_factor_follows_accumulation_through_warm_up(tiny_run):
     assert factors == sorted(factors) and set(factors) in ({1.0, 2.0, 3.0, 4.0}, {1.0, 2.0})
 
 
-def test_short_last_batch_counts_images(tiny_run):
-    trainer = train(Watched, tiny_run, batch=6, nbs=12, epochs=2)
+@pytest.mark.parametrize(
+    ("fraction", "estimated", "factors"), [(1.0, None, [12 / 6, 10 / 4, 10 / 6]), (0.25, 4, [12 / 4, 10 / 4, 10 / 4])]
+)
+def test_short_last_batch_counts_images(tiny_run, fraction, estimated, factors):
+    trainer = train(Watched, tiny_run, batch=6, nbs=12, epochs=2, hessian_fraction=fraction)
     assert trainer.windows == [[6, 6], [4, 6], [6, 4]]
-    assert check_factors(trainer) == [12 / 6, 10 / 4, 10 / 6]
+    assert check_factors(trainer, estimated) == factors
 
 
 def test_cleared_gradients_begin_a_new_window(tiny_run):

@@ -139,7 +139,7 @@ def _patch_utils(ledger: Ledger, module: ModuleType) -> None:
 def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
     for name, keys in (
         ("CFG_FLOAT_KEYS", {"rho"}),
-        ("CFG_FRACTION_KEYS", {"beta2"}),
+        ("CFG_FRACTION_KEYS", {"beta2", "hessian_fraction"}),
         ("CFG_INT_KEYS", {"hessian_interval"}),
     ):
         original = module.__dict__.get(name)

@@ -1,9 +1,10 @@
 """Sophia inside Ultralytics' training loop: when h is refreshed, from which micro-batches, and at which scale.
 
 The rule: the curvature belongs to the objective that the optimizer's `step` sees, the sum of the losses of all
-micro-batches accumulated for it. An estimate is made on the first micro-batch of a window, through the graph of its
-ordinary forward pass, and staged; the step scales it up to the images of the whole window and commits it, a step that
-is skipped discards it. Everything is bound to the one trainer that asked; nothing is attached to the model.
+micro-batches accumulated for it. An estimate is made on the first micro-batch of a window, on a part of its images in
+a small pass of their own (`part.py`) or on all of them through the graph of the ordinary forward pass, and staged; the
+step scales it up to the images of the whole window and commits it, a step that is skipped discards it. Everything is
+bound to the one trainer that asked; nothing is attached to the model.
 
 Places in Ultralytics this depends on (engine/trainer.py, _do_train): `preprocess_batch` before the forward pass,
 `scaler.scale(loss).backward()` after it, `optimizer_step`, `save_metrics` once an epoch, `plot_metrics` at the end.
@@ -25,6 +26,7 @@ from ultralytics.utils import LOGGER, RANK
 from yolo_sophia.curvature import Estimator
 from yolo_sophia.integration.heads import DetectionTap
 from yolo_sophia.integration.monitor import Monitor
+from yolo_sophia.integration.part import images_in_part, loss_of_part
 from yolo_sophia.optim import SophiaG
 
 
@@ -43,7 +45,8 @@ class Session:
     Args:
         trainer: Its `preprocess_batch`, `optimizer_step`, `save_metrics`, `plot_metrics` and its scaler's `scale` are
             wrapped on the instance.
-        optimizer: The trainer's optimizer, with the keys of `build.CLOCK` and `hessian_interval` in its groups.
+        optimizer: The trainer's optimizer, with the keys of `build.CLOCK`, `hessian_interval` and `hessian_fraction` in
+            its groups.
         estimator: What makes the estimates.
     """
 
@@ -98,30 +101,44 @@ class Session:
     # One micro-batch ------------------------------------------------------------------------------------------------
 
     def _preprocess_batch(self, original: Callable, batch: dict[str, Any]) -> dict[str, Any]:
-        """Before the forward pass: listen to the criterion if this micro-batch gives an estimate."""
+        """Before the forward pass: estimate on a part of this micro-batch, or listen to the criterion, if it is due."""
         batch = original(batch)
         self.batch_images = batch["img"].shape[0]
         # Gradients are what a window is made of: where there are none, whoever cleared them, a new window begins.
         if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
             self.window_images, self.staged = 0, None
         if self.staged is None and self.window_images == 0 and self._due():
+            start = time.perf_counter()
             model = unwrap(self.trainer.model)
-            if getattr(model, "criterion", None) is None:  # as BaseModel.loss does at its first call
-                model.criterion = model.init_criterion()
-            if self.tap is None or self.tap.criterion is not model.criterion:
-                self.tap = DetectionTap(model.criterion)
-            self.tap.arm()
+            self._listen(model)
+            self.staged_images = images_in_part(self.batch_images, self.clock["hessian_fraction"])
+            if self.staged_images < self.batch_images:
+                try:
+                    self._stage(loss_of_part(model, batch, self.staged_images))
+                finally:
+                    self.tap.disarm()
+            self.monitor.refresh_seconds += time.perf_counter() - start
         return batch
+
+    def _listen(self, model: Any) -> None:
+        """Arm the tap on the model's criterion for the next forward pass."""
+        if getattr(model, "criterion", None) is None:  # as BaseModel.loss does at its first call
+            model.criterion = model.init_criterion()
+        if self.tap is None or self.tap.criterion is not model.criterion:
+            self.tap = DetectionTap(model.criterion)
+        self.tap.arm()
 
     def _scale(self, original: Callable, loss: Any) -> Any:
         """Between forward and backward pass, outside autocast: estimate through the graph that is there."""
         self.window_images += self.batch_images
         if self.tap is not None and self.tap.armed:
+            start = time.perf_counter()
             self._stage(loss)
+            self.monitor.refresh_seconds += time.perf_counter() - start
         return original(loss)
 
     def _stage(self, loss: Tensor) -> None:
-        start = time.perf_counter()
+        """Keep an estimate from the pass that was listened to, which gave this loss."""
         index = self.clock["refresh_index"]
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         params = [p for p in everything if p.requires_grad]
@@ -137,9 +154,7 @@ class Session:
             estimates = (torch.full_like(p, torch.nan) for p in params)
         # No path from the terms (no foreground: the box branch) means that the curvature is 0, not that it is unknown.
         self.staged = [_or_zeros(next(estimates), p) if p.requires_grad else None for p in everything]
-        self.staged_images = self.batch_images
         self._tick(refresh_index=index + 1)
-        self.monitor.refresh_seconds += time.perf_counter() - start
 
     # One optimizer step ---------------------------------------------------------------------------------------------
 

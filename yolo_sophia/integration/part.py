@@ -1,0 +1,47 @@
+"""A pass over a part of a batch, for a cheaper estimate of the curvature.
+
+The rule: to the training it never happened. The pass runs on copies of the buffers (BatchNorm's statistics), the global
+random streams are put back, and its graph is gone before the ordinary forward pass begins.
+
+Why a part is enough: one estimate is the square of one sampled vector, so the labels alone give it a relative variance
+of about 2 per coordinate, from 4 images as from 16. What more images lower is the part of the variance that comes from
+the images, and that no faster than their cost grows. Figures: docs/benchmarks/, scripts/measure_refresh.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+MIN_IMAGES = 4
+"""Images of the smallest part: BatchNorm normalises them by their own statistics."""
+
+
+def images_in_part(images: int, fraction: float) -> int:
+    """How many of a micro-batch's images give an estimate: a fraction, rounded up, but `MIN_IMAGES` if there are."""
+    return min(images, max(MIN_IMAGES, math.ceil(fraction * images)))
+
+
+def take_part(batch: dict[str, Any], images: int) -> dict[str, Any]:
+    """The first images of a detection batch with their labels: `img` (B, 3, H, W), a row of the others for each box."""
+    rows = batch["batch_idx"] < images
+    return {**batch, "img": batch["img"][:images], **{key: batch[key][rows] for key in ("batch_idx", "cls", "bboxes")}}
+
+
+def loss_of_part(model: nn.Module, batch: dict[str, Any], images: int) -> Tensor:
+    """Loss of the first images as a batch of their own, in a graph of its own; the model is left as it was.
+
+    Args:
+        model: The model itself, in train mode, inside neither DistributedDataParallel nor torch.compile.
+        batch: A detection batch on the model's device.
+        images: How many of its images.
+    """
+    part = take_part(batch, images)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(devices=[part["img"].device] if part["img"].is_cuda else []):
+        loss, _ = functional_call(model, buffers, (part,))
+    return loss.sum()
