@@ -7,17 +7,20 @@ start. Public names are loaded when they are first used.
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DecoupledSophia": "yolo_sophia.optim",
+    "Sophia": "yolo_sophia.optim",
     "SophiaG": "yolo_sophia.optim",
+    "SophiaH": "yolo_sophia.optim",
     "install": "yolo_sophia.autoload",
     "uninstall": "yolo_sophia.autoload",
     "installed": "yolo_sophia.autoload",
 }
-__all__ = ["SophiaG", "install", "installed", "uninstall"]
+__all__ = ["DecoupledSophia", "Sophia", "SophiaG", "SophiaH", "install", "installed", "uninstall"]
 
 TYPE_CHECKING = False  # as type checkers read it; typing and __future__ would cost half of the start-up budget
 if TYPE_CHECKING:
     from yolo_sophia.autoload import install, installed, uninstall
-    from yolo_sophia.optim import SophiaG
+    from yolo_sophia.optim import DecoupledSophia, Sophia, SophiaG, SophiaH
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,6 @@
 """Diagonal curvature estimators and the likelihoods they sample from; PyTorch only."""
 
+from yolo_sophia.curvature.batches import OnBatches
 from yolo_sophia.curvature.estimators import (
     ESTIMATORS,
     EmpiricalFisher,
@@ -8,7 +9,8 @@ from yolo_sophia.curvature.estimators import (
     RandomSigns,
 )
 from yolo_sophia.curvature.hutchinson import Hutchinson
-from yolo_sophia.curvature.likelihoods import Bernoulli, Categorical, LossTerm, Quadratic
+from yolo_sophia.curvature.likelihoods import Bernoulli, Categorical, Gaussian, LossTerm, Quadratic
+from yolo_sophia.curvature.losses import likelihood_of
 from yolo_sophia.curvature.signs import SignRandomised, sign_randomised
 
 __all__ = [
@@ -18,10 +20,13 @@ __all__ = [
     "EmpiricalFisher",
     "Estimator",
     "GaussNewtonBartlett",
+    "Gaussian",
     "Hutchinson",
     "LossTerm",
+    "OnBatches",
     "Quadratic",
     "RandomSigns",
     "SignRandomised",
+    "likelihood_of",
     "sign_randomised",
 ]

@@ -9,6 +9,7 @@ down, or by noise. The optimizers take eps in its place there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Generator, Tensor
@@ -75,3 +76,10 @@ class Hutchinson:
                 if product is not None and total is not None:
                     total.addcmul_(v, product.detach(), value=1 / self.probes)
         return sums
+
+
+def twice_differentiable() -> AbstractContextManager:
+    """Context in which attention uses operations that have a second derivative; the fused ones have none."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)

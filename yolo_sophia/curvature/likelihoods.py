@@ -93,6 +93,33 @@ class Categorical:
 
 
 @dataclass
+class Gaussian:
+    """Negative log-likelihood of a normal distribution of unit variance, summed: sum c (f - t)^2 / 2.
+
+    Another variance is part of the coefficient: c / variance.
+
+    Attributes:
+        output: Means f, any shape.
+        coefficient: c, broadcastable to the means, >= 0.
+        target: t, of the shape of the means; used by `observed` only.
+    """
+
+    output: Tensor
+    coefficient: Tensor
+    target: Tensor | None = None
+
+    def sampled(self, generator: Generator | None) -> Tensor:
+        """sqrt(c) (f - y), y ~ Normal(f, 1)."""
+        f = _wide(self.output)
+        e = torch.randn(f.shape, generator=generator, device=f.device, dtype=f.dtype)
+        return e * self.coefficient.sqrt()
+
+    def observed(self) -> Tensor:
+        """sqrt(c) (f - t)."""
+        return (_wide(self.output) - self.target) * self.coefficient.sqrt()
+
+
+@dataclass
 class Quadratic:
     """A loss that is no likelihood, given by a positive semi-definite curvature of its output rows.
 

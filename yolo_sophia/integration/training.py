@@ -12,7 +12,6 @@ Places in Ultralytics this depends on (engine/trainer.py, _do_train): `preproces
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, RANK
 
 from yolo_sophia.curvature import Estimator
+from yolo_sophia.curvature.noise import noise_seed
 from yolo_sophia.integration.heads import DetectionTap
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.part import images_in_part, loss_of_part
@@ -222,12 +222,6 @@ class Session:
 
 def _or_zeros(estimate: Tensor | None, p: Tensor) -> Tensor:
     return torch.zeros_like(p) if estimate is None else estimate
-
-
-def noise_seed(seed: int, rank: int, index: int) -> int:
-    """Seed of the labels sampled for one estimate; run seed, rank and index are all the state it needs."""
-    digest = hashlib.blake2b(f"{seed}/{rank}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def reduce_over_ranks(estimates: list[Tensor], window_images: int, staged_images: int) -> float:
