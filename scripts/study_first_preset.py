@@ -56,9 +56,10 @@ def apply_variant(name: str, model) -> None:
     import torch
     from ultralytics.engine.trainer import BaseTrainer
 
-    from yolo_sophia.integration import heads
+    from yolo_sophia.curvature import Quadratic
+    from yolo_sophia.integration.heads import DetectionTap
 
-    original = heads.DetectionTap.terms
+    original = DetectionTap.terms
     if name == "norm-clip":
 
         def put_back(trainer):
@@ -66,18 +67,18 @@ def apply_variant(name: str, model) -> None:
 
         model.add_callback("on_train_start", put_back)
     elif name == "ciou-none":
-        heads.DetectionTap.terms = lambda self: [t for t in original(self) if not isinstance(t, heads.Quadratic)]
+        DetectionTap.terms = lambda self: [t for t in original(self) if not isinstance(t, Quadratic)]
     elif name == "ciou-sign":
 
-        class Sign(heads.Quadratic):
+        class Sign(Quadratic):
             def sampled(self, generator):
                 sign = torch.randint(0, 2, self.gradient.shape[:-1] + (1,), generator=generator) * 2 - 1
                 return self.gradient * sign
 
         def terms(self):
-            return [Sign(t.output, t.root, t.gradient) if isinstance(t, heads.Quadratic) else t for t in original(self)]
+            return [Sign(t.output, t.root, t.gradient) if isinstance(t, Quadratic) else t for t in original(self)]
 
-        heads.DetectionTap.terms = terms
+        DetectionTap.terms = terms
     else:
         raise ValueError(f"no variant {name!r}")
 

@@ -406,13 +406,13 @@ def second_moment(term: LossTerm) -> Tensor:
 
 
 def exact_moments(f: Formula) -> dict[str, Tensor]:
-    """C S per term, from the formula, in the form of `second_moment`."""
-    p, q = f.scores.detach().sigmoid(), f.logits.detach().softmax(-1)
-    dfl = f.c_dfl[..., None, None, None] * (torch.diag_embed(q) - q[..., :, None] * q[..., None, :])
-    box, boxes = torch.zeros(*f.c_box.shape, 4, 4), f.boxes().detach()
-    for b, a in f.c_box.nonzero().tolist():
-        box[b, a] = f.c_box[b, a] * box_curvature(boxes[b, a], f.targets[b, a])[2]
-    return {"cls": f.c_cls * p * (1 - p), "dfl": dfl, "ciou": box}
+    """C S per term, from the formula, in the form of `second_moment`: of boxes, the foreground's in order."""
+    foreground = f.c_box > 0
+    p, q = f.scores.detach().sigmoid(), f.logits.detach()[foreground].softmax(-1)
+    dfl = f.c_dfl[foreground][:, None, None, None] * (torch.diag_embed(q) - q[..., :, None] * q[..., None, :])
+    boxes = f.boxes().detach()
+    box = [f.c_box[b, a] * box_curvature(boxes[b, a], f.targets[b, a])[2] for b, a in foreground.nonzero().tolist()]
+    return {"cls": f.c_cls * p * (1 - p), "dfl": dfl, "ciou": torch.stack(box)}
 
 
 # Figures --------------------------------------------------------------------------------------------------------------

@@ -599,15 +599,6 @@ def test_refused_before_the_run_directory(typed, tiny_run):
     assert not Path(tiny_run["project"]).exists()
 
 
-@pytest.mark.parametrize("task", ["segment", "pose", "obb", "classify"])
-def test_other_tasks_are_refused_before_the_run_directory(task, tmp_path):
-    model = f"yolov8n-{ {'segment': 'seg', 'classify': 'cls'}.get(task, task) }.yaml"
-    with pytest.raises(NotImplementedError, match=f"SophiaG trains detection models, found task={task}.") as caught:
-        entrypoint(f"yolo train task={task} model={model} optimizer=SophiaG project={tmp_path / 'runs'}")
-    assert one_exception(caught.value)
-    assert not (tmp_path / "runs").exists()
-
-
 def test_names_unlike_ours_keep_the_error_of_ultralytics(tiny_run):
     arguments = {**tiny_run, "optimizer": "Foo"}
     with pytest.raises(NotImplementedError) as caught:
@@ -625,7 +616,6 @@ def test_names_unlike_ours_keep_the_error_of_ultralytics(tiny_run):
         ({"optimizer": "SofiaG"}, ValueError, "Did you mean 'SophiaG'?"),
         ({"optimizer": "SophiaG", "rho": -1}, ValueError, "'rho=-1.0' is an invalid value"),
         ({"optimizer": "SophiaG", "sophia": "detct"}, ValueError, "Did you mean 'detect'?"),
-        ({"optimizer": "SophiaG", "task": "segment"}, NotImplementedError, "found task=segment"),
     ],
     ids=str,
 )

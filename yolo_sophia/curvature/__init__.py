@@ -9,7 +9,7 @@ from yolo_sophia.curvature.estimators import (
     RandomSigns,
 )
 from yolo_sophia.curvature.hutchinson import Hutchinson
-from yolo_sophia.curvature.likelihoods import Bernoulli, Categorical, Gaussian, LossTerm, Quadratic
+from yolo_sophia.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Laplace, LossTerm, Quadratic
 from yolo_sophia.curvature.losses import likelihood_of
 from yolo_sophia.curvature.signs import SignRandomised, sign_randomised
 
@@ -22,6 +22,7 @@ __all__ = [
     "GaussNewtonBartlett",
     "Gaussian",
     "Hutchinson",
+    "Laplace",
     "LossTerm",
     "OnBatches",
     "Quadratic",

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from yolo_sophia.curvature.signs import rademacher
+
 
 class LossTerm(Protocol):
     """One term of a loss: an output in the autograd graph, and the cotangents that belong to it.
@@ -90,6 +92,31 @@ class Categorical:
     def observed(self) -> Tensor:
         """sqrt(c) (p - t)."""
         return (_wide(self.output).softmax(-1) - self.target) * self.coefficient.sqrt()
+
+
+@dataclass
+class Laplace:
+    """Absolute error, summed: sum c |f - t|, the NLL of a Laplace distribution of scale 1.
+
+    Its Hessian is 0 almost everywhere; its Fisher information is 1.
+
+    Attributes:
+        output: f, any shape.
+        coefficient: c, broadcastable to the output, >= 0.
+        target: t, of the shape of the output; used by `observed` only.
+    """
+
+    output: Tensor
+    coefficient: Tensor
+    target: Tensor | None = None
+
+    def sampled(self, generator: Generator | None) -> Tensor:
+        """sqrt(c) sign(f - y), y ~ Laplace(f): either sign with probability 1/2."""
+        return rademacher(_wide(self.output), generator) * self.coefficient.sqrt()
+
+    def observed(self) -> Tensor:
+        """sqrt(c) sign(f - t)."""
+        return (_wide(self.output) - self.target).sign() * self.coefficient.sqrt()
 
 
 @dataclass

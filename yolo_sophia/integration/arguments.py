@@ -89,14 +89,9 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
         typed: Keys that the user typed. Ignored where the run that the user started has recorded them.
 
     Raises:
-        NotImplementedError: The task is not detection.
         TypeError: A value is of the wrong kind.
         ValueError: A value is out of range, or the preset is unknown or malformed.
     """
-    if arguments.get("task") not in {None, "detect"}:
-        raise NotImplementedError(
-            f"optimizer=SophiaG trains detection models, found task={arguments['task']}. Use another optimizer."
-        )
     name = str(DEFAULT_PRESET if arguments.get("sophia") is None else arguments["sophia"])
     recorded, _, keys = str(arguments.get(MARKER) or "").rpartition(":")
     preset = _known_or_bare(name) if name == recorded else load_preset(name)
@@ -202,7 +197,6 @@ def settle(args: Any, overrides: dict[str, Any] | None) -> None:
         overrides: What the caller passed on top of the defaults.
 
     Raises:
-        NotImplementedError: As `resolve`.
         TypeError: As `resolve`.
         ValueError: As `resolve`; or Sophia's arguments were typed for another optimizer.
     """
@@ -236,7 +230,6 @@ def judge(given: Mapping[str, Any]) -> None:
         given: What the training will be given.
 
     Raises:
-        NotImplementedError: As `resolve`.
         TypeError: As `resolve`; or a value is not of its argument's kind.
         ValueError: As `settle`; or a value is out of range, or there is no such optimizer.
     """

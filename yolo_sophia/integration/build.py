@@ -13,7 +13,7 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from yolo_sophia.curvature import ESTIMATORS
 from yolo_sophia.integration.arguments import KEEP_FLOAT32, resolve
 from yolo_sophia.integration.dotted import build_dotted
-from yolo_sophia.integration.heads import check_criterion
+from yolo_sophia.integration.heads import tap_for
 from yolo_sophia.integration.training import Session, unwrap
 from yolo_sophia.optim import SophiaG
 
@@ -31,13 +31,13 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         call: Arguments of the call to it.
 
     Raises:
-        NotImplementedError: The model's loss is not known.
+        RuntimeError: Ultralytics changed the form of the model's loss.
     """
     previous = vars(trainer).pop("_sophia", None)
     if previous is not None:  # an out-of-memory restart of Ultralytics < 8.4 builds its optimizer again
         previous.detach()
     model = unwrap(trainer.model)
-    check_criterion(model.init_criterion())
+    tap = tap_for(model, model.init_criterion())
     # A trainer class may ask for SophiaG by itself: then nothing is settled yet, and the preset decides.
     resolved = resolve(vars(trainer.args), ())
     knobs = resolved.values
@@ -54,6 +54,11 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
     trainer._sophia = Session(trainer, optimizer, ESTIMATORS[knobs["hessian_estimator"]]())
     if RANK in {-1, 0}:
         LOGGER.info(f"{colorstr('SophiaG:')} {resolved.describe()}")
+        if not tap.known:
+            LOGGER.info(
+                f"{colorstr('SophiaG:')} the likelihood of {type(tap.criterion).__name__} is not known here: the "
+                "curvature is estimated from signed gradients of the model's outputs (docs/TASKS.md), so tune rho"
+            )
     return optimizer
 
 

@@ -26,10 +26,28 @@ def images_in_part(images: int, fraction: float) -> int:
     return min(images, max(MIN_IMAGES, math.ceil(fraction * images)))
 
 
-def take_part(batch: dict[str, Any], images: int) -> dict[str, Any]:
-    """The first images of a detection batch with their labels: `img` (B, 3, H, W), a row of the others for each box."""
-    rows = batch["batch_idx"] < images
-    return {**batch, "img": batch["img"][:images], **{key: batch[key][rows] for key in ("batch_idx", "cls", "bboxes")}}
+def take_part(batch: dict[str, Any], images: int, overlap_mask: bool = True) -> dict[str, Any]:
+    """The first images of a batch of any task with their labels.
+
+    Args:
+        batch: `img`, shape (B, 3, H, W); with `batch_idx` a row of `cls`, `bboxes` and `keypoints` for each object.
+        images: How many of its images.
+        overlap_mask: Whether `masks` has one map for an image, and not one for an object.
+    """
+    count = len(batch["img"])
+    objects = {"batch_idx", "cls", "bboxes", "keypoints"} if "batch_idx" in batch else set()
+    if not overlap_mask:
+        objects.add("masks")
+    rows = batch["batch_idx"].view(-1) < images if objects else None
+    part = {}
+    for key, value in batch.items():
+        if key in objects:
+            part[key] = value[rows]
+        elif isinstance(value, (Tensor, list, tuple)) and len(value) == count:
+            part[key] = value[:images]
+        else:
+            part[key] = value
+    return part
 
 
 def loss_of_part(model: nn.Module, batch: dict[str, Any], images: int) -> Tensor:
@@ -37,10 +55,10 @@ def loss_of_part(model: nn.Module, batch: dict[str, Any], images: int) -> Tensor
 
     Args:
         model: The model itself, in train mode, inside neither DistributedDataParallel nor torch.compile.
-        batch: A detection batch on the model's device.
+        batch: A batch on the model's device.
         images: How many of its images.
     """
-    part = take_part(batch, images)
+    part = take_part(batch, images, getattr(model.args, "overlap_mask", True))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices=[part["img"].device] if part["img"].is_cuda else []):
         loss, _ = functional_call(model, buffers, (part,))

@@ -24,7 +24,7 @@ from ultralytics.utils import LOGGER, RANK
 
 from yolo_sophia.curvature import Estimator
 from yolo_sophia.curvature.noise import noise_seed
-from yolo_sophia.integration.heads import DetectionTap
+from yolo_sophia.integration.heads import Tap, tap_for
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.part import images_in_part, loss_of_part
 from yolo_sophia.optim import SophiaG
@@ -53,7 +53,7 @@ class Session:
     def __init__(self, trainer: BaseTrainer, optimizer: SophiaG, estimator: Estimator):
         self.trainer, self.optimizer, self.estimator = trainer, optimizer, estimator
         self.monitor = Monitor(optimizer)
-        self.tap: DetectionTap | None = None
+        self.tap: Tap | None = None
         self.staged: list[Tensor | None] | None = None
         self.staged_images = self.window_images = self.batch_images = 0
         self._bound: list[tuple[Any, str]] = []
@@ -110,7 +110,7 @@ class Session:
         if self.staged is None and self.window_images == 0 and self._due():
             start = time.perf_counter()
             model = unwrap(self.trainer.model)
-            self._listen(model)
+            self._listen(model, batch)
             self.staged_images = images_in_part(self.batch_images, self.clock["hessian_fraction"])
             if self.staged_images < self.batch_images:
                 try:
@@ -120,12 +120,14 @@ class Session:
             self.monitor.refresh_seconds += time.perf_counter() - start
         return batch
 
-    def _listen(self, model: Any) -> None:
-        """Arm the tap on the model's criterion for the next forward pass."""
-        if getattr(model, "criterion", None) is None:  # as BaseModel.loss does at its first call
+    def _listen(self, model: Any, batch: dict[str, Any]) -> None:
+        """Arm the tap on the model's loss for the next forward pass."""
+        # As BaseModel.loss does at its first call; but a YOLOE with visual prompts chooses its criterion there.
+        if getattr(model, "criterion", None) is None and batch.get("visuals") is None:
             model.criterion = model.init_criterion()
-        if self.tap is None or self.tap.criterion is not model.criterion:
-            self.tap = DetectionTap(model.criterion)
+        criterion = getattr(model, "criterion", None)
+        if self.tap is None or self.tap.criterion is not criterion:
+            self.tap = tap_for(model, criterion)
         self.tap.arm()
 
     def _scale(self, original: Callable, loss: Any) -> Any:

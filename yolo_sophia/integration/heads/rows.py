@@ -1,0 +1,43 @@
+"""Losses that are no likelihoods, row by row: IoU, keypoint similarity, an angle.
+
+The rule: such a loss is a sum over rows (an anchor's box, a keypoint). Its curvature is the small Hessian of each row
+with negative eigenvalues dropped, which makes it a Gauss-Newton matrix of that loss. The criterion's own callable is
+differentiated, so its formula is written nowhere here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from yolo_sophia.curvature import Quadratic
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype to compute coefficients and curvatures in: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def quadratic(output: Tensor, coefficient: Tensor, loss: Callable[[Tensor], Tensor]) -> Quadratic:
+    """A loss term with the projected Hessian of each row.
+
+    A row whose Hessian is not finite (degenerate boxes) counts as flat.
+
+    Args:
+        output: Rows in the graph, shape (N, d).
+        coefficient: Coefficient of each row's loss, shape (N,).
+        loss: From detached rows, shape (N, d), to the sum of their losses without coefficients.
+    """
+    with torch.enable_grad(), torch.autocast(output.device.type, enabled=False):
+        rows = output.detach().to(wide(output)).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(rows), rows, create_graph=True)
+        columns = range(rows.shape[1])
+        hessian = torch.stack([torch.autograd.grad(gradient[:, k].sum(), rows, retain_graph=True)[0] for k in columns])
+    hessian = hessian.permute(1, 0, 2)
+    finite = hessian.isfinite().flatten(1).all(1)[:, None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, hessian + hessian.mT, 0) / 2)
+    root = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    scale = coefficient.sqrt()[:, None]
+    return Quadratic(output, root * scale[..., None], gradient.detach() * scale)

@@ -1,0 +1,43 @@
+"""v8SegmentationLoss: the detection loss and the masks, with B images and N foreground anchors.
+
+    masks     sum  (box B / (N H W area_i)) BCE over the pixels in the box of anchor i  -> Bernoulli
+    semantic  (box B weight_bce / pixels) BCE (YOLO26)                                   -> Bernoulli
+A mask's logits are coefficients times prototypes; they are heard where the loss takes them, one tensor per image, so
+the pull-back goes through both. The Dice loss beside the semantic BCE ties all pixels of an image and is no likelihood:
+it is left out, and the BCE of the same logits is their curvature.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from yolo_sophia.curvature import Bernoulli, LossTerm
+from yolo_sophia.integration.heads.detect import DetectionTap
+from yolo_sophia.integration.heads.rows import wide
+from yolo_sophia.integration.heads.tap import Call
+
+
+class SegmentationTap(DetectionTap):
+    """Listens to a `v8SegmentationLoss`."""
+
+    hears = (*DetectionTap.hears, "single_mask_loss", "bcedice_loss")
+
+    @torch.no_grad()
+    def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:
+        from ultralytics.utils.ops import crop_mask
+
+        terms = super()._read(calls, weight)
+        gain = weight * self.criterion.hyp.box * terms[0].output.shape[0]
+        masks = calls.get("single_mask_loss", [])
+        anchors = sum(len(call.args[1]) for call in masks)
+        for call in masks:
+            _, _, _, boxes, area = call.args
+            ((logits, target),) = call.inner
+            inside = crop_mask(torch.ones_like(logits, dtype=wide(logits)), boxes)
+            per_pixel = gain / (anchors * logits[0].numel() * area.to(inside.dtype))
+            terms.append(Bernoulli(logits, inside * per_pixel[:, None, None], target))
+        for call in calls.get("bcedice_loss", []):
+            ((logits, target),) = call.inner
+            per_pixel = gain * self.criterion.bcedice_loss.weight_bce / logits.numel()
+            terms.append(Bernoulli(logits, logits.new_tensor(per_pixel, dtype=wide(logits)), target))
+        return terms
