@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from yolo_sophia.optim.steering import CLIP_FRACTION, clip_quantile, steered
 from yolo_sophia.optim.update import foreach_update, single_tensor_update
 
 STATE = ("step", "exp_avg", "hessian", "hessian_updates")
@@ -36,9 +37,11 @@ class SophiaBase(Optimizer):
     Attributes:
         floor: Whether eps is the smallest value of the denominator, as in the paper, or added to it, as in the official
             code. An estimate that can be negative needs the former.
+        steers: Whether rho scales h, and so can be steered: rho="auto".
     """
 
     floor = True
+    steers = True
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
         super().__init__(params, {"maximize": False, "foreach": None, **optional_settings(), **defaults})
@@ -81,8 +84,15 @@ class SophiaBase(Optimizer):
             ValueError: A hyperparameter is out of range, or a parameter is complex.
         """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            self._check_group(self.param_groups[-1])
+            if self.steers and isinstance(group["rho"], str) and group["rho"] == "auto":
+                group["rho"] = 1.0  # without effect: h is 0 until rho is measured
+                group["clip_fraction"] = CLIP_FRACTION if group["clip_fraction"] is None else group["clip_fraction"]
+                require(0 < group["clip_fraction"] < 1, group, "clip_fraction", "a number in (0, 1)")
+            else:
+                require(group["clip_fraction"] is None, group, "clip_fraction", 'None, as rho is not "auto"')
+            self._check_group(group)
         except (TypeError, ValueError):  # TypeError: a comparison with what is no number
             self.param_groups.pop()
             raise
@@ -92,7 +102,8 @@ class SophiaBase(Optimizer):
         betas = group["betas"]
         valid = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
         require(valid, group, "betas", "two numbers in [0, 1)")
-        require(group["rho"] > 0, group, "rho", "a number > 0")
+        valid = not isinstance(group["rho"], str) and group["rho"] > 0
+        require(valid, group, "rho", 'a number > 0, or "auto"' if self.steers else "a number > 0")
         require(group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
         require(group["eps"] > 0, group, "eps", "a number > 0")
         average = group["hessian_average"]
@@ -145,6 +156,7 @@ class SophiaBase(Optimizer):
         for (group, p), value in zip(self._parameters(), values):
             if value is None:
                 continue
+            group["rho_due"] = group["clip_fraction"] is not None
             state, beta2, average = self._state_of(p), group["betas"][1], group["hessian_average"]
             state["hessian_updates"] += 1
             if squared and average is None:  # no square is stored
@@ -159,6 +171,7 @@ class SophiaBase(Optimizer):
 
     def _move_parameters(self, factor: float = 1.0) -> None:
         """One step with the gradients in `.grad`; the factor multiplies h."""
+        self._steer(factor)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -185,6 +198,29 @@ class SophiaBase(Optimizer):
                 floor=self.floor,
             )
 
+    def _steer(self, factor: float) -> None:
+        """Measure rho where it is steered and h has moved since; groups of one clip fraction share one rho."""
+        due = [group for group in self.param_groups if group["rho_due"]]
+        for fraction in {group["clip_fraction"] for group in due}:
+            groups = [group for group in due if group["clip_fraction"] == fraction]
+            pairs = [(g, p) for g in groups for p in g["params"] if p.grad is not None and p in self.state]
+            if not pairs:
+                continue
+            states = [self.state[p] for _, p in pairs]
+            quantile = clip_quantile(
+                [self._dense(p.grad, "step()") for _, p in pairs],
+                [s["exp_avg"] for s in states],
+                [s["hessian"] for s in states],
+                [factor / bias_correction_factor(g, s) for (g, _), s in zip(pairs, states)],
+                [g["betas"][0] for g, _ in pairs],
+                fraction,
+            )
+            for group in groups:
+                group["rho_due"] = False
+                if quantile is not None:
+                    group["rho"] = steered(group["rho"], group["rho_measurements"], quantile)
+                    group["rho_measurements"] += 1
+
     def _dense(self, grad: Tensor | None, where: str) -> Tensor | None:
         if grad is not None and grad.is_sparse:
             raise RuntimeError(
@@ -196,7 +232,13 @@ class SophiaBase(Optimizer):
 
 def optional_settings() -> dict[str, Any]:
     """What the paper does not have, off by default: keys of every parameter group."""
-    return {"bias_correction": False, "hessian_average": None}
+    return {
+        "bias_correction": False,
+        "hessian_average": None,
+        "clip_fraction": None,  # the fraction that rho is steered to, None: rho is fixed
+        "rho_measurements": 0,
+        "rho_due": False,  # whether h has moved since rho was measured
+    }
 
 
 def evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:

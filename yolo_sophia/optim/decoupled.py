@@ -47,6 +47,8 @@ class DecoupledSophia(RefreshingSophia):
         ValueError: A hyperparameter is out of range, or a parameter is complex.
     """
 
+    steers = False
+
     def __init__(
         self,
         params,

@@ -34,6 +34,7 @@ class SophiaH(RefreshingSophia):
         lr: Learning rate, >= 0; the largest move of a coordinate in one step (before weight decay).
         betas: Decay of the momentum m per step and of the curvature h per refresh, each in [0, 1).
         rho: Scale of the curvature in the denominator, > 0: larger rho means fewer clipped coordinates.
+            "auto" steers it to `clip_fraction`, see `optim/steering.py`.
         weight_decay: Decoupled weight decay, >= 0; a step multiplies the parameters by 1 - lr * weight_decay.
         eps: Smallest value of the denominator, > 0.
         k: Steps per refresh, >= 1; the first step makes one.
@@ -41,6 +42,7 @@ class SophiaH(RefreshingSophia):
         seed: Seed of the signs, >= 0.
         bias_correction: Divide h by 1 - b2^t after t refreshes, as Adam does.
         hessian_average: None, "kernel" or "row", as in `SophiaG`.
+        clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1), as in `SophiaG`.
         foreach: Use the multi-tensor implementation; None chooses it for CUDA parameters.
 
     The state of a parameter is that of `SophiaG`.
@@ -56,7 +58,7 @@ class SophiaH(RefreshingSophia):
         params,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.965, 0.99),
-        rho: float = 0.01,
+        rho: float | str = 0.01,
         weight_decay: float = 1e-1,
         *,
         eps: float = 1e-12,
@@ -65,6 +67,7 @@ class SophiaH(RefreshingSophia):
         seed: int = 0,
         bias_correction: bool = False,
         hessian_average: str | None = None,
+        clip_fraction: float | None = None,
         foreach: bool | None = None,
     ):
         defaults = {
@@ -77,6 +80,7 @@ class SophiaH(RefreshingSophia):
             "probes": Hutchinson(probes).probes,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
+            "clip_fraction": clip_fraction,
         }
         super().__init__(params, defaults, k=k, seed=seed)
 

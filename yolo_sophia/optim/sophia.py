@@ -31,6 +31,7 @@ class SophiaG(SophiaBase):
         lr: Learning rate, >= 0; the largest move of a coordinate in one step (before weight decay).
         betas: Decay of the momentum m per step and of the curvature h per Hessian update, each in [0, 1).
         rho: Scale of the curvature in the denominator, > 0: larger rho means fewer clipped coordinates.
+            "auto" steers it to `clip_fraction`, see `optim/steering.py`.
         weight_decay: Decoupled weight decay, >= 0; a step multiplies the parameters by 1 - lr * weight_decay.
         eps: Added to the denominator, > 0, as the official code does.
         maximize: Maximize the objective instead of minimizing it.
@@ -39,6 +40,8 @@ class SophiaG(SophiaBase):
         hessian_average: Replace an estimate by its mean over each "kernel" of a convolution, or over each output "row",
             before it enters h: less noise, one value of h for all of it. For every parameter of more than 2
             (kernel) or 1 (row) dimensions. Off in the official release.
+        clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1); None takes
+            `steering.CLIP_FRACTION`.
 
     State per parameter: `step` (scalar), `exp_avg` (m), `hessian` (h, both of the parameter's shape), and
     `hessian_updates` (int, t above). The first three are named as in the official release: its checkpoints load.
@@ -54,7 +57,7 @@ class SophiaG(SophiaBase):
         params,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.965, 0.99),
-        rho: float = 0.04,
+        rho: float | str = 0.04,
         weight_decay: float = 1e-1,
         *,
         eps: float = 1e-15,
@@ -62,6 +65,7 @@ class SophiaG(SophiaBase):
         foreach: bool | None = None,
         bias_correction: bool = False,
         hessian_average: str | None = None,
+        clip_fraction: float | None = None,
     ):
         defaults = {
             "lr": lr,
@@ -73,6 +77,7 @@ class SophiaG(SophiaBase):
             "foreach": foreach,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
+            "clip_fraction": clip_fraction,
             "hessian_source": None,  # what h was made of: None (no update yet), "grad" (needs bs) or "estimates"
         }
         super().__init__(params, defaults)
