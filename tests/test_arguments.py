@@ -19,12 +19,15 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_sophia.integration.arguments import MARKER, OUR_KEYS, SOPHIA_KEYS, canonical_optimizer, resolve, settle
-from yolo_sophia.presets import BORROWED, KNOBS, check_value, load_preset, preset_directory, preset_names
+from yolo_sophia.optim.base import HESSIAN_AVERAGES
+from yolo_sophia.presets import AVERAGES, BORROWED, KNOBS, check_value, load_preset, preset_directory, preset_names
 
 pytestmark = pytest.mark.compat
 
 EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default, nor ours, nor a shipped preset's
     "rho": 0.123,
+    "clip_fraction": 0.42,
+    "hessian_average": "row",
     "hessian_interval": 7,
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",
@@ -96,8 +99,9 @@ def test_typed_over_preset_over_default(key, write_preset):
 
     typed = settled(sophia=str(write_preset(other | {key: default}, "all.yaml")), **{key: EXAMPLES[key]})
     assert typed[key] == EXAMPLES[key]
-    assert sources(typed) == dict.fromkeys(EXAMPLES, "preset") | {key: "typed"}
-    assert {k: typed[k] for k in other} == other
+    steered = {"rho"} if key == "clip_fraction" else set()  # which asks for rho=auto
+    assert sources(typed) == dict.fromkeys(EXAMPLES, "preset") | dict.fromkeys({key} | steered, "typed")
+    assert {k: typed[k] for k in other if k not in steered} == {k: v for k, v in other.items() if k not in steered}
 
 
 @pytest.mark.parametrize("key", EXAMPLES)
@@ -106,6 +110,26 @@ def test_a_typed_value_that_equals_the_default_is_typed(key, write_preset):
     args = settled(sophia=str(write_preset(EXAMPLES)), **{key: default})
     assert args[key] == default
     assert sources(args)[key] == "typed"
+
+
+@pytest.mark.parametrize("typed", [{"rho": "AUTO"}, {"clip_fraction": 0.3}, {"rho": "auto", "clip_fraction": 0.3}])
+def test_rho_is_steered_where_it_or_the_fraction_is_asked_for(typed, write_preset):
+    args = settled(sophia=str(write_preset({"rho": 0.123})), **typed)
+    assert args["rho"] == "auto"
+    assert args["clip_fraction"] == typed.get("clip_fraction", KNOBS["clip_fraction"].default)
+    assert settled(**args) == args
+    assert "clip_fraction=" in resolve(args, ()).describe()
+
+
+def test_a_fixed_rho_has_no_clip_fraction(write_preset):
+    path = str(write_preset({"rho": "auto", "clip_fraction": 0.3}))
+    assert "clip_fraction" not in resolve(settled(sophia=path, rho=0.1), ()).describe()
+    with pytest.raises(ValueError, match=r"clip_fraction=0.4 belongs to rho=auto, found rho=0.1: remove one"):
+        settled(sophia=path, rho=0.1, clip_fraction=0.4)
+
+
+def test_the_averages_are_those_of_the_optimizer():
+    assert AVERAGES == ("element", *HESSIAN_AVERAGES)
 
 
 def test_lr0_typed_and_untyped():
@@ -252,7 +276,7 @@ def test_defaults_passed_on_are_not_typed():
 def test_the_line_that_says_where_each_knob_came_from():
     line = resolve(settled(sophia="published", rho=0.3), ()).describe()
     assert line.startswith("preset 'published' (published), rho=0.3 (typed), hessian_interval=10 (preset), ")
-    assert all(f"{key}=" in line for key in (*KNOBS, *PUBLISHED))
+    assert all(f"{key}=" in line for key in {*KNOBS, *PUBLISHED} - {"clip_fraction"})
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -413,7 +437,8 @@ def test_shipped_preset(name):
     assert preset.status in {"provisional", "published", "studied"}
     assert preset.description
     assert preset.settings.keys() == preset.origins.keys()
-    assert KNOBS.keys() <= preset.settings.keys()
+    unused = {"clip_fraction"} if preset.settings["rho"] != "auto" else set()
+    assert KNOBS.keys() - unused <= preset.settings.keys()
     assert {"lr0", "momentum", "weight_decay", "warmup_bias_lr"} <= preset.settings.keys()
     assert load_preset(str(preset_directory() / f"{name}.yaml")) == preset
 
@@ -447,11 +472,11 @@ ENTRIES = {  # one entry of the settings -> what the message says
     "rho: {value: 0.1, origin: x, note: y}": "rho: found {",
 }
 VALUES = {  # a value in the settings -> what the message says
-    "rho: true": "'rho=True' is of invalid type bool; 'rho' must be a number > 0.",
-    "rho: abc": "'rho=abc' is of invalid type str; 'rho' must be a number > 0.",
+    "rho: true": "'rho=True' is of invalid type bool; 'rho' must be a number > 0, or auto.",
+    "rho: abc": "'rho=abc' is of invalid type str; 'rho' must be a number > 0, or auto.",
     "rho: [1]": "'rho=[1]' is of invalid type list",
     "rho: ": "'rho=None' is of invalid type NoneType",
-    "rho: 0": "'rho=0.0' is an invalid value; 'rho' must be a number > 0.",
+    "rho: 0": "'rho=0.0' is an invalid value; 'rho' must be a number > 0, or auto.",
     "rho: -1e-3": "'rho=-0.001' is an invalid value",
     "rho: .nan": "'rho=nan' is an invalid value",
     "rho: .inf": "'rho=inf' is an invalid value",
@@ -560,11 +585,14 @@ REFUSED = {  # typed -> the exception and what it says
         "optimizer_args goes with an optimizer given by a dotted path",
     ),
     "optimizer=SophiaG sophia=detct": (ValueError, "sophia='detct' is not a preset. Did you mean 'detect'?"),
-    "optimizer=SophiaG rho=-1": (ValueError, "'rho=-1.0' is an invalid value; 'rho' must be a number > 0."),
-    "optimizer=SophiaG rho=0": (ValueError, "'rho=0.0' is an invalid value; 'rho' must be a number > 0."),
+    "optimizer=SophiaG rho=-1": (ValueError, "'rho=-1.0' is an invalid value; 'rho' must be a number > 0, or auto."),
+    "optimizer=SophiaG rho=0": (ValueError, "'rho=0.0' is an invalid value; 'rho' must be a number > 0, or auto."),
     "optimizer=SophiaG rho=1e999": (ValueError, "'rho=inf' is an invalid value"),
-    "optimizer=SophiaG rho=True": (TypeError, "'rho=True' is of invalid type bool; 'rho' must be a number > 0."),
-    "optimizer=SophiaG rho=abc": (TypeError, "'rho=abc' is of invalid type str. Valid 'rho' types are int"),
+    "optimizer=SophiaG rho=True": (
+        TypeError,
+        "'rho=True' is of invalid type bool; 'rho' must be a number > 0, or auto.",
+    ),
+    "optimizer=SophiaG rho=abc": (TypeError, "'rho=abc' is of invalid type str; 'rho' must be a number > 0, or auto."),
     "optimizer=SophiaG hessian_interval=0": (ValueError, "'hessian_interval=0' is an invalid value"),
     "optimizer=SophiaG hessian_interval=2.5": (TypeError, "'hessian_interval' must be an int"),
     "optimizer=SophiaG beta2=1.5": (ValueError, "'beta2=1.5' is an invalid value. Valid 'beta2' values are between"),

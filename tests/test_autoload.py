@@ -299,7 +299,7 @@ def child_order(order: str) -> dict[str, Any]:
         "keys": [
             "rho" in utils.DEFAULT_CFG_DICT,
             hasattr(utils.DEFAULT_CFG, "hessian_estimator"),
-            "rho" in cfg.CFG_FLOAT_KEYS,
+            "clip_fraction" in cfg.CFG_FRACTION_KEYS,
             "beta2" in cfg.CFG_FRACTION_KEYS,
             "hessian_interval" in cfg.CFG_INT_KEYS,
             "hessian_interval" in getattr(tuner, "CFG_INT_KEYS", cfg.CFG_INT_KEYS),
@@ -339,7 +339,7 @@ def test_the_watch_sees_our_seams(fresh, plain):
     assert {
         "DEFAULT_CFG",
         "ultralytics.utils.DEFAULT_CFG_DICT",
-        "ultralytics.cfg.CFG_FLOAT_KEYS",
+        "ultralytics.cfg.CFG_FRACTION_KEYS",
         "ultralytics.cfg.CFG_INT_KEYS",
         "ultralytics.engine.trainer.BaseTrainer.check_resume",
         "ultralytics.engine.trainer.BaseTrainer.build_optimizer",

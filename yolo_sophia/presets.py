@@ -28,12 +28,14 @@ class Knob:
         kind: int, float or str.
         valid: Whether a value of that kind is in range.
         expected: The range in words, for messages.
+        words: What is accepted beside values of that kind, in any case.
     """
 
     default: Any
     kind: type
     valid: Callable[[Any], bool]
     expected: str
+    words: tuple[str, ...] = ()
 
 
 def _estimator_names() -> tuple[str, ...]:
@@ -42,12 +44,17 @@ def _estimator_names() -> tuple[str, ...]:
     return tuple(ESTIMATORS)
 
 
+AVERAGES = ("element", "kernel", "row")
+"""What `hessian_average=` takes: h of each element, of each kernel, or of each output row."""
+
 KNOBS: Mapping[str, Knob] = MappingProxyType(
     {
-        "rho": Knob(0.04, float, lambda v: 0 < v < math.inf, "a number > 0"),
+        "rho": Knob(0.04, float, lambda v: 0 < v < math.inf, "a number > 0, or auto", words=("auto",)),
+        "clip_fraction": Knob(0.6, float, lambda v: 0 < v < 1, "a number between 0 and 1"),
         "hessian_interval": Knob(10, int, lambda v: v >= 1, "a whole number >= 1"),
         "hessian_fraction": Knob(1.0, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "hessian_estimator": Knob("gnb", str, lambda v: v in _estimator_names(), "gnb, empirical_fisher or sign"),
+        "hessian_average": Knob("element", str, lambda v: v in AVERAGES, f"one of {', '.join(AVERAGES)}"),
         "beta2": Knob(0.99, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
     }
 )
@@ -181,6 +188,8 @@ def check_value(key: str, value: Any) -> Any:
         ValueError: It is out of range.
     """
     knob = KNOBS.get(key) or BORROWED[key]
+    if isinstance(value, str) and value.lower() in knob.words:
+        return value.lower()
     accepted = {int: int, float: (int, float), str: str}[knob.kind]
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise TypeError(f"'{key}={value}' is of invalid type {type(value).__name__}; '{key}' must be {knob.expected}.")
@@ -189,7 +198,8 @@ def check_value(key: str, value: Any) -> Any:
     except OverflowError:  # a whole number beyond any float
         value = math.inf
     if not knob.valid(value):
-        hint = suggestion(value, _estimator_names()) if key == "hessian_estimator" else ""
+        choices = {"hessian_estimator": _estimator_names, "hessian_average": lambda: AVERAGES}
+        hint = suggestion(value, choices[key]()) if key in choices else ""
         raise ValueError(f"'{key}={value}' is an invalid value; '{key}' must be {knob.expected}.{hint}")
     return value
 

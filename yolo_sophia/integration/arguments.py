@@ -77,7 +77,8 @@ class Resolved:
 
     def describe(self) -> str:
         """One line that says what is used and where it came from."""
-        shown = [f"{key}={self.values[key]} ({source})" for key, source in self.sources.items()]
+        unused = {"clip_fraction"} if self.values["rho"] != "auto" else set()
+        shown = [f"{k}={self.values[k]} ({source})" for k, source in self.sources.items() if k not in unused]
         return f"preset '{self.preset.name}' ({self.preset.status}), " + ", ".join(shown)
 
 
@@ -99,6 +100,8 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
         before = preset if name == recorded else load_preset(recorded)
         typed = {*keys.split(","), *_changed(arguments, before)}
     typed = {key for key in typed if key in KNOBS or key in BORROWED}
+    if "clip_fraction" in typed and "rho" not in typed:  # asks for steering, whatever rho the preset has
+        arguments, typed = {**arguments, "rho": "auto"}, {*typed, "rho"}
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for key, knob in {**KNOBS, **BORROWED}.items():
@@ -112,6 +115,10 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
             continue  # Ultralytics' own default stands
         values[key] = check_value(key, value)
         sources[key] = source
+    if values["rho"] != "auto" and "clip_fraction" in typed:
+        raise ValueError(
+            f"clip_fraction={values['clip_fraction']} belongs to rho=auto, found rho={values['rho']}: remove one."
+        )
     values |= {"sophia": preset.name, MARKER: f"{preset.name}:{','.join(sorted(typed))}"}
     return Resolved(values, sources, preset)
 

@@ -48,8 +48,10 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         lr=call["lr"],
         betas=(call["momentum"], knobs["beta2"]),
         rho=knobs["rho"],
+        clip_fraction=knobs["clip_fraction"] if knobs["rho"] == "auto" else None,
         weight_decay=0.0,
         bias_correction=True,
+        hessian_average=None if knobs["hessian_average"] == "element" else knobs["hessian_average"],
     )
     trainer._sophia = Session(trainer, optimizer, ESTIMATORS[knobs["hessian_estimator"]]())
     if RANK in {-1, 0}:

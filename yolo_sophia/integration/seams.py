@@ -6,7 +6,7 @@ Sophia.
 
 Seams (Ultralytics 8.3.0 to 8.4.190):
     utils.DEFAULT_CFG_DICT, DEFAULT_CFG     our keys added in place: `python -m ultralytics.cfg.__init__` shares them
-    cfg.CFG_{FLOAT,FRACTION,INT}_KEYS       the kinds of our keys
+    cfg.CFG_{FRACTION,INT}_KEYS       the kinds of our keys
     engine.trainer.BaseTrainer.check_resume     arguments are final here, and no directory is made yet
     engine.trainer.BaseTrainer.build_optimizer  the closed list of optimizers
     engine.trainer.convert_optimizer_state_dict_to_fp16   would halve h, which is tiny
@@ -138,8 +138,7 @@ def _patch_utils(ledger: Ledger, module: ModuleType) -> None:
 
 def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
     for name, keys in (
-        ("CFG_FLOAT_KEYS", {"rho"}),
-        ("CFG_FRACTION_KEYS", {"beta2", "hessian_fraction"}),
+        ("CFG_FRACTION_KEYS", {"beta2", "clip_fraction", "hessian_fraction"}),  # rho may be a word: judged with us
         ("CFG_INT_KEYS", {"hessian_interval"}),
     ):
         original = module.__dict__.get(name)
@@ -208,6 +207,8 @@ def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:
                 # Resolved before Tuner makes its directory, and recorded: the children do not resolve again.
                 args.update(arguments.resolve(args, arguments.typed_keys(args)).values)
                 args["optimizer"] = name
+                if "rho" in (args.get("space") or {}) and args["rho"] == "auto":
+                    args["rho"] = arguments.KNOBS["rho"].default  # the search starts from a number
             original(self, args, *rest, **kwargs)
             if name is None:
                 for key in set(arguments.OUR_KEYS) - theirs:
