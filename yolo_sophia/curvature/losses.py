@@ -107,7 +107,7 @@ def binary_cross_entropy_with_logits(
         if target is None:
             raise ValueError("binary cross-entropy with a pos_weight needs the targets: they decide the weights.")
         factor = pos_weight * target + 1 - target
-        coefficient, target = coefficient * factor, pos_weight * target / factor
+        coefficient, target = coefficient * factor, pos_weight * target / factor.clamp(min=1e-30)
     return [Bernoulli(output, _divided(coefficient, output.numel(), reduction), target)]
 
 
