@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from yolo_sophia import DecoupledSophia
+from yolo_sophia import DecoupledSophia, SophiaH
 
 STEPS = 12
 
@@ -186,3 +186,35 @@ def test_our_estimators_are_such_functions():
             loss(net(x), y).backward()
             optimizer.step()
         assert all(optimizer.state[p]["hessian"].any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["DecoupledSophia", "SophiaH"])
+def test_equals_an_independent_release_for_given_estimates(kind):
+    """pytorch_optimizer's SophiaH clips m / max(h, eps) at p; with h_hat scaled by rho this is the paper's rule too."""
+    released = pytest.importorskip("pytorch_optimizer")
+    noise = torch.Generator().manual_seed(0)
+    start = [torch.randn(s, generator=noise, dtype=torch.float64) for s in ((3, 2, 2, 2), (4,), ())]
+    ours, theirs = ([Parameter(p.clone()) for p in start] for _ in range(2))
+    shared = {"lr": 0.03, "betas": (0.9, 0.7), "weight_decay": 0.2, "eps": 1e-2}
+    if kind == "SophiaH":
+        rho, optimizer = 0.3, SophiaH(ours, rho=0.3, k=1000, **shared)
+        oracle = released.SophiaH(theirs, p=1.0, update_period=1000, **shared)
+    else:
+        rho, optimizer = 1.0, DecoupledSophia(ours, lambda params: [], k=1000, rho=0.5, **shared)
+        oracle = released.SophiaH(theirs, p=0.5, update_period=1000, **shared)
+    clipped = 0
+    for step in range(40):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=noise, dtype=torch.float64)
+            q.grad = p.grad.clone()
+        estimates = None
+        if step % 4 == 0:
+            estimates = [torch.randn(p.shape, generator=noise, dtype=torch.float64) + 0.2 for p in ours]
+            optimizer.update_hessian(estimates)
+        optimizer.step()
+        oracle.step(hessian=None if estimates is None else [rho * e for e in estimates])
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+        h = optimizer.state[ours[0]]["hessian"]
+        clipped += int((optimizer.state[ours[0]]["exp_avg"].abs() > h.clamp(min=1e-2)).sum())
+    assert 0 < clipped < 40 * ours[0].numel()
