@@ -29,6 +29,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "clip_fraction": 0.42,
     "hessian_average": "row",
     "hessian_interval": 7,
+    "hessian_warmup": 3,
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",
     "beta2": 0.77,

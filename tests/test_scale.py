@@ -311,6 +311,9 @@ def test_refreshes_are_counted_in_optimizer_steps_and_come_before_the_first(tiny
     assert len(trainer.estimates) == 3
     assert check_factors(trainer) == [2.0] * 3
 
+    warm = train(Watched, tiny_run, nbs=8, epochs=4, hessian_interval=3, hessian_warmup=3)
+    assert [commit.step for commit in warm.commits] == [0, 1, 2, 5]
+
     class FirstOnly(Watched):
         stop_after = 1
 

@@ -52,6 +52,7 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
         "rho": Knob(0.04, float, lambda v: 0 < v < math.inf, "a number > 0, or auto", words=("auto",)),
         "clip_fraction": Knob(0.6, float, lambda v: 0 < v < 1, "a number between 0 and 1"),
         "hessian_interval": Knob(10, int, lambda v: v >= 1, "a whole number >= 1"),
+        "hessian_warmup": Knob(0, int, lambda v: v >= 0, "a whole number >= 0"),
         "hessian_fraction": Knob(1.0, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "hessian_estimator": Knob("gnb", str, lambda v: v in _estimator_names(), "gnb, empirical_fisher or sign"),
         "hessian_average": Knob("element", str, lambda v: v in AVERAGES, f"one of {', '.join(AVERAGES)}"),

@@ -41,7 +41,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
     # A trainer class may ask for SophiaG by itself: then nothing is settled yet, and the preset decides.
     resolved = resolve(vars(trainer.args), ())
     knobs = resolved.values
-    schedule = {key: knobs[key] for key in ("hessian_interval", "hessian_fraction")}
+    schedule = {key: knobs[key] for key in ("hessian_interval", "hessian_warmup", "hessian_fraction")}
     groups = parameter_groups(original, call, "SophiaG", **schedule, **CLOCK)
     optimizer = SophiaG(
         groups,

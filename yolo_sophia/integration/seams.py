@@ -139,7 +139,7 @@ def _patch_utils(ledger: Ledger, module: ModuleType) -> None:
 def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
     for name, keys in (
         ("CFG_FRACTION_KEYS", {"beta2", "clip_fraction", "hessian_fraction"}),  # rho may be a word: judged with us
-        ("CFG_INT_KEYS", {"hessian_interval"}),
+        ("CFG_INT_KEYS", {"hessian_interval", "hessian_warmup"}),
     ):
         original = module.__dict__.get(name)
         if isinstance(original, (set, frozenset)):

@@ -45,8 +45,8 @@ class Session:
     Args:
         trainer: Its `preprocess_batch`, `optimizer_step`, `save_metrics`, `plot_metrics` and its scaler's `scale` are
             wrapped on the instance.
-        optimizer: The trainer's optimizer, with the keys of `build.CLOCK`, `hessian_interval` and `hessian_fraction` in
-            its groups.
+        optimizer: The trainer's optimizer, with the keys of `build.CLOCK`, `hessian_interval`, `hessian_warmup` and
+            `hessian_fraction` in its groups.
         estimator: What makes the estimates.
     """
 
@@ -95,8 +95,9 @@ class Session:
             group.update(changes)
 
     def _due(self) -> bool:
-        age = self.clock["hessian_age"]
-        return age is None or age >= self.clock["hessian_interval"]
+        """In each of the first `hessian_warmup` steps, then every `hessian_interval` steps."""
+        age, interval = self.clock["hessian_age"], self.clock["hessian_interval"]
+        return age is None or age >= interval or self.clock["refresh_index"] < self.clock["hessian_warmup"]
 
     # One micro-batch ------------------------------------------------------------------------------------------------
 
