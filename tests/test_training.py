@@ -20,7 +20,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import torch_load
 
-from yolo_sophia.integration import training
+from yolo_sophia.integration import monitor, training
 from yolo_sophia.optim import SophiaG
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -194,17 +194,18 @@ def test_columns_stay_in_place_in_epochs_without_validation(train):
 
 
 def test_each_epoch_has_a_gradient_norm_however_few_its_steps(train):
-    run = train(epochs=4, batch=8, nbs=8, hessian_interval=10)  # two steps an epoch, and a sample at every fifth
+    run = train(epochs=4, batch=8, nbs=8, hessian_interval=10)  # two steps an epoch, and a sample at every tenth
     assert all(row["sophia/grad_norm"] > 0 for row in run.rows)
 
 
-def test_figures_are_those_of_the_state(every_step):
-    assert every_step.clock["hessian_updates"] == STEPS  # a refresh at each step, so each is sampled
-    row = every_step.rows[0]
-    mean = torch.tensor(every_step.figures, dtype=torch.float64).mean(0).tolist()
-    shown = [row[f"sophia/{name}"] for name in ("clip_fraction", "momentum_norm", "hessian_norm")]
-    assert shown == pytest.approx(mean, rel=1e-4)
-    assert row["sophia/grad_norm"] == pytest.approx(sum(every_step.norms) / STEPS, rel=1e-4)
+def test_figures_are_those_of_the_sampled_steps(train, monkeypatch):
+    monkeypatch.setattr(monitor, "SAMPLE_EVERY", 3)
+    run = train(epochs=2, hessian_interval=2, warmup_epochs=0)
+    for row, first in zip(run.rows, (0, STEPS)):  # the first and the fourth step of an epoch of four
+        sampled = torch.tensor([run.figures[i] for i in (first, first + 3)], dtype=torch.float64)
+        shown = [row[f"sophia/{name}"] for name in ("clip_fraction", "momentum_norm", "hessian_norm")]
+        assert shown == pytest.approx(sampled.mean(0).tolist(), rel=1e-4)
+        assert row["sophia/grad_norm"] == pytest.approx((run.norms[first] + run.norms[first + 3]) / 2, rel=1e-4)
 
 
 def test_on_hessian_update_is_a_callback_of_ultralytics(sophia):
@@ -258,12 +259,6 @@ def test_data_stream_is_that_of_adamw(sophia, adamw):
     assert sophia.batches == adamw.batches
 
 
-@pytest.fixture(scope="module")
-def every_step(train) -> Run:
-    """One epoch with a refresh at every step, at the full learning rate from the start."""
-    return train(hessian_interval=1, warmup_epochs=0)
-
-
 @pytest.mark.parametrize("batch", [4, 8], ids=["estimates on all images", "on four of eight"])
 def test_refresh_leaves_batchnorm_buffers_alone(train, batch):
     settings = {"warmup_epochs": 0, "batch": batch, "nbs": batch, "epochs": batch // 4}
@@ -277,11 +272,12 @@ def test_refresh_leaves_batchnorm_buffers_alone(train, batch):
     assert all(map(torch.equal, always.buffers[0], plain.buffers[0]))
 
 
-def test_gradient_reaches_the_step_unclipped(every_step, adamw):
+def test_gradient_reaches_the_step_unclipped(train, adamw):
+    run = train(warmup_epochs=0)
     assert max(adamw.norms) <= 10.001  # Ultralytics' clip
-    assert max(every_step.norms) > 10.1
-    beta1 = every_step.clock["betas"][0]
-    assert every_step.figures[0][1] == pytest.approx((1 - beta1) * every_step.norms[0], rel=1e-5)
+    assert max(run.norms) > 10.1
+    beta1 = run.clock["betas"][0]
+    assert run.figures[0][1] == pytest.approx((1 - beta1) * run.norms[0], rel=1e-5)
 
 
 def test_trainer_with_its_own_optimizer_step_keeps_it(train):
@@ -418,6 +414,5 @@ def test_nan_recovery(train, monkeypatch, interval):
     assert all(h.isfinite().all() and (h >= 0).all() for h in run.hessians[-1])
     assert [row["epoch"] for row in run.rows] == [1, 2, 3]
     assert all(math.isfinite(value) for row in run.rows for value in row.values())
-    if interval == 1:  # every good step is sampled; those of the bad epoch are not in the row of its repetition
-        again = run.norms[2 * STEPS : 3 * STEPS]
-        assert run.rows[1]["sophia/grad_norm"] == pytest.approx(sum(again) / STEPS, rel=1e-4)
+    # The first step of an epoch is sampled; that of the bad epoch is not in the row of its repetition.
+    assert run.rows[1]["sophia/grad_norm"] == pytest.approx(run.norms[2 * STEPS], rel=1e-4)

@@ -14,9 +14,9 @@ from yolo_sophia.optim import SophiaG
 from yolo_sophia.optim.base import bias_correction_factor
 
 SAMPLED = ("clip_fraction", "grad_norm", "momentum_norm", "hessian_norm", "update_norm")
-SAMPLE_EVERY = 5
-"""Optimizer steps between two samples after a refresh; a sample costs about as much as a step of the optimizer. The
-first step of an epoch is sampled in any case, so that no row is without a gradient norm."""
+SAMPLE_EVERY = 10
+"""Optimizer steps from one sample to the next, from the first step of an epoch on: no row is without a gradient norm.
+A sample costs about as much as a step of the optimizer."""
 
 
 class Monitor:
@@ -35,12 +35,14 @@ class Monitor:
         self.refresh_seconds = 0.0
         self._samples: list[Tensor] = []
         self._grad_norm: Tensor | None = None
+        self._steps = 0
 
-    def before_step(self, hessian_age: int | None) -> None:
+    def before_step(self) -> None:
         """Decide whether this step is sampled, and take the gradient's norm while it is there."""
-        if hessian_age is None or hessian_age % SAMPLE_EVERY == 0 or not self._samples:
+        if self._steps % SAMPLE_EVERY == 0:
             grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._grad_norm = _norm(grads) if grads else None
+        self._steps += 1
 
     def after_step(self) -> None:
         """Sample, if `before_step` decided so."""
@@ -56,15 +58,19 @@ class Monitor:
             for p in group["params"]:
                 if not (state := self.optimizer.state.get(p)):
                     continue
-                m, correction = state["exp_avg"].float(), bias_correction_factor(group, state)
-                h = state["hessian"].float() / correction
-                ratio = m / (group["rho"] * h + group["eps"])
-                clipped.append((ratio.abs() >= 1).sum())
+                m, h, correction = (
+                    state["exp_avg"].float(),
+                    state["hessian"].float(),
+                    bias_correction_factor(group, state),
+                )
+                update = (h * (group["rho"] / correction)).add_(group["eps"])
+                torch.div(m, update, out=update).clamp_(-1, 1)
+                norms.append(torch.stack([m.norm(), h.norm() / correction, update.norm() * float(group["lr"])]))
+                clipped.append(update.abs_().floor_().sum())  # 1 where it is clipped, else 0
                 count += p.numel()
-                norms.append(torch.stack([m.norm(), h.norm(), ratio.clamp_(-1, 1).norm() * float(group["lr"])]))
         if not count:
             return torch.full((4,), math.nan)
-        share = torch.stack(clipped).sum().float() / count
+        share = torch.stack(clipped).sum() / count
         return torch.cat([share.reshape(1), torch.stack(norms).norm(dim=0)])
 
     def epoch(self) -> dict[str, float]:

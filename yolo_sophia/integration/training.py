@@ -196,7 +196,7 @@ class Session:
                     f"SophiaG: dropped a Hessian estimate that is not finite ({self.clock['hessian_dropped']} so far)"
                 )
             self.monitor.refresh_seconds += time.perf_counter() - start
-        self.monitor.before_step(self.clock["hessian_age"])
+        self.monitor.before_step()
 
     def _after_step(self) -> None:
         self.monitor.after_step()
