@@ -30,6 +30,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "hessian_average": "row",
     "hessian_interval": 7,
     "hessian_warmup": 3,
+    "bn_momentum": 0.2,
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",
     "beta2": 0.77,

@@ -22,6 +22,7 @@ from ultralytics.utils.patches import torch_load
 
 from yolo_sophia.integration import monitor, training
 from yolo_sophia.optim import SophiaG
+from yolo_sophia.presets import load_preset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from verify_bit_identity import largest_difference
@@ -40,6 +41,7 @@ COLUMNS = (
     "refresh_seconds",
 )
 BASE = {"imgsz": 64, "epochs": 1, "batch": 4, "nbs": 4, "device": "cpu", "plots": False, "val": False, "seed": 0}
+DETECT = load_preset("detect").settings
 STEPS = 4  # per epoch: 16 images in batches of 4, a step each
 
 
@@ -313,6 +315,14 @@ def test_empirical_fisher_gives_another_curvature(sophia, train):
     assert other.isfinite().all()
     assert (other >= 0).all()
     assert ((first - other).norm() / first.norm()).item() > 0.1
+
+
+def test_momentum_of_batchnorm_is_set_where_it_is_asked_for(sophia, train):
+    def momenta(run: Run) -> set[float]:
+        return {m.momentum for m in run.trainer.model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+
+    assert momenta(train(bn_momentum=0.2)) == {0.2}
+    assert momenta(sophia) == {DETECT.get("bn_momentum", 0.03)}
 
 
 def test_frozen_layers(train):

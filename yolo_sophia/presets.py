@@ -56,6 +56,7 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
         "hessian_fraction": Knob(1.0, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "hessian_estimator": Knob("gnb", str, lambda v: v in _estimator_names(), "gnb, empirical_fisher or sign"),
         "hessian_average": Knob("element", str, lambda v: v in AVERAGES, f"one of {', '.join(AVERAGES)}"),
+        "bn_momentum": Knob(0.03, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "beta2": Knob(0.99, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
     }
 )

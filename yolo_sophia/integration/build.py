@@ -53,6 +53,10 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         bias_correction=True,
         hessian_average=None if knobs["hessian_average"] == "element" else knobs["hessian_average"],
     )
+    if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.momentum = knobs["bn_momentum"]
     trainer._sophia = Session(trainer, optimizer, ESTIMATORS[knobs["hessian_estimator"]]())
     if RANK in {-1, 0}:
         LOGGER.info(f"{colorstr('SophiaG:')} {resolved.describe()}")

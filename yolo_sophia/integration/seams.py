@@ -138,7 +138,10 @@ def _patch_utils(ledger: Ledger, module: ModuleType) -> None:
 
 def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
     for name, keys in (
-        ("CFG_FRACTION_KEYS", {"beta2", "clip_fraction", "hessian_fraction"}),  # rho may be a word: judged with us
+        (
+            "CFG_FRACTION_KEYS",
+            {"beta2", "bn_momentum", "clip_fraction", "hessian_fraction"},
+        ),  # rho may be a word: judged with us
         ("CFG_INT_KEYS", {"hessian_interval", "hessian_warmup"}),
     ):
         original = module.__dict__.get(name)
