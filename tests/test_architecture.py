@@ -16,8 +16,9 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "shapes": set(),
     "integration": {"optim", "curvature", "presets", "autoload", "integration"},
     "compare": {"optim", "curvature", "presets", "autoload", "integration", "shapes", "compare"},
-    "cli": {"optim", "curvature", "presets", "autoload", "integration", "compare", ""},
-    "": {"optim", "autoload"},  # __init__.py
+    "tune": {"presets", "integration", "compare", "tune"},
+    "cli": {"optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},
+    "": {"optim", "autoload", "tune"},  # __init__.py
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

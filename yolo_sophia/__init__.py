@@ -14,13 +14,15 @@ _PUBLIC = {
     "install": "yolo_sophia.autoload",
     "uninstall": "yolo_sophia.autoload",
     "installed": "yolo_sophia.autoload",
+    "tune_space": "yolo_sophia.tune.model_tune",
 }
-__all__ = ["DecoupledSophia", "Sophia", "SophiaG", "SophiaH", "install", "installed", "uninstall"]
+__all__ = ["DecoupledSophia", "Sophia", "SophiaG", "SophiaH", "install", "installed", "tune_space", "uninstall"]
 
 TYPE_CHECKING = False  # as type checkers read it; typing and __future__ would cost half of the start-up budget
 if TYPE_CHECKING:
     from yolo_sophia.autoload import install, installed, uninstall
     from yolo_sophia.optim import DecoupledSophia, Sophia, SophiaG, SophiaH
+    from yolo_sophia.tune.model_tune import tune_space
 
 
 def __getattr__(name: str) -> object:

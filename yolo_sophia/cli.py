@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     compare = commands.add_parser("compare", help="compare optimizers on your data", add_help=False)
     compare.add_argument("words", nargs="*")
-    if words[:1] == ["compare"]:  # key=value words, in Ultralytics' way: no options of argparse's
-        return _guarded(_compare, words[1:])
+    tune = commands.add_parser("tune", help="search an optimizer's settings on your data", add_help=False)
+    tune.add_argument("words", nargs="*")
+    if words[:1] in (["compare"], ["tune"]):  # key=value words, in Ultralytics' way: no options of argparse's
+        return _guarded(_with_words, words[0], words[1:])
     arguments = parser.parse_args(words)
     if arguments.command is None:
         parser.print_help()
@@ -58,9 +60,8 @@ def _guarded(command: Callable[..., int], *arguments: Any) -> int:
         return 130
 
 
-def _compare(words: Sequence[str]) -> int:
-    from yolo_sophia.compare import command
-
+def _with_words(name: str, words: Sequence[str]) -> int:
+    command = import_module(f"yolo_sophia.{name}.command")
     if not words or words[0] in {"help", "-h", "--help"}:
         print(command.help_text())
         return 0

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 from yolo_sophia.compare.execute import Progress
 
-STATES = ("finished", "running", "elsewhere", "waiting", "failed")
+STATES = ("finished", "running", "elsewhere", "waiting", "pruned", "failed")
+ENDED = {"finished", "pruned", "failed"}
 
 
 def eta_seconds(board: list[Progress], workers: int) -> float | None:
@@ -19,9 +20,7 @@ def eta_seconds(board: list[Progress], workers: int) -> float | None:
     seconds = sum(item.seconds for item in board if item.seconds)
     if not epochs:
         return None
-    left = sum(
-        int(item.run.arguments["epochs"]) - item.epochs for item in board if item.state not in {"finished", "failed"}
-    )
+    left = sum(int(item.run.arguments["epochs"]) - item.epochs for item in board if item.state not in ENDED)
     return max(0.0, left * seconds / epochs / workers)
 
 
@@ -76,7 +75,7 @@ def _table(title: str, board: list[Progress], workers: int):
     table = Table(title=title, caption=f"{shown}; {duration(eta_seconds(board, workers))} left", min_width=72)
     for column in ("run", "state", "epochs", "time"):
         table.add_column(column, justify="left" if column in {"run", "state"} else "right")
-    style = {"failed": "red", "running": "bold", "finished": "green", "elsewhere": "yellow"}
+    style = {"failed": "red", "running": "bold", "finished": "green", "elsewhere": "yellow", "pruned": "dim"}
     order = sorted(board, key=lambda item: STATES.index("running") != STATES.index(item.state))
     for item in order[:30]:
         total = int(item.run.arguments["epochs"])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
+from collections.abc import Sequence
 
 from yolo_sophia.compare.board import duration
-from yolo_sophia.compare.plan import Plan, data_name, runs
+from yolo_sophia.compare.plan import Plan, Run, data_name, runs
 from yolo_sophia.compare.spaces import space_of
 from yolo_sophia.compare.tuning import trial_runs
 
@@ -28,21 +28,42 @@ def estimate(plan: Plan) -> str:
     Raises:
         ValueError: A data set or the model is not there.
     """
-    from yolo_sophia.integration.measure import count_images, measure_step
-
     ordered = runs(plan)
     trials = [run for group in trial_runs(plan).values() for _, run in group] if plan.tune_trials else []
     workers = plan.workers or max(1, len(plan.devices))
-    threads = plan.cpus or 1 if plan.engine == "ray" else max(1, (os.cpu_count() or 1) // workers)
-    batch = int(plan.common.get("batch", 16))
-    accumulate = max(1, round(int(plan.common.get("nbs", 64)) / max(1, batch)))
-    seconds, parameters, gflops = measure_step(plan.common, threads)
     lines = [
         f"{len(ordered)} runs: arms {', '.join(arm.name for arm in plan.arms)} (reference {plan.reference}) x "
         f"seeds {list(plan.seeds)} x data {[data_name(d) for d in plan.data]} x horizons {list(plan.horizons)}",
         f"tuning: {len(trials)} trials; " + "; ".join(f"{arm.name} over {_space(arm)}" for arm in plan.arms)
         if trials
         else "tuning: none, the report will say untuned",
+        *costs(plan, ordered + trials, workers),
+    ]
+    lines += ["", "Full COCO on one A100, hours per arm and seed (an estimate, 640 px, not measured):"]
+    for size, flops in GFLOPS_640.items():
+        hours = 3 * flops * 1e9 * COCO_IMAGES * plan.epochs / (EFFECTIVE_TFLOPS * 1e12) / 3600
+        lines.append(f"  YOLOv8{size}: {hours:8.1f} h for {plan.epochs} epochs")
+    return "\n".join(lines)
+
+
+def costs(plan: Plan, ordered: Sequence[Run], workers: int) -> list[str]:
+    """Time and disk that trainings of a plan will take, from one measured step; a line per fact.
+
+    Args:
+        plan: The plan.
+        ordered: The trainings.
+        workers: How many go on side by side.
+
+    Raises:
+        ValueError: A data set or the model is not there.
+    """
+    from yolo_sophia.integration.measure import count_images, measure_step
+
+    threads = plan.cpus or 1 if plan.engine == "ray" else max(1, (os.cpu_count() or 1) // workers)
+    batch = int(plan.common.get("batch", 16))
+    accumulate = max(1, round(int(plan.common.get("nbs", 64)) / max(1, batch)))
+    seconds, parameters, gflops = measure_step(plan.common, threads)
+    lines = [
         f"measured: {seconds:.2f} s for one batch of {batch} ({parameters / 1e6:.1f} M parameters, {gflops:.1f} GFLOPs "
         f"per image), {threads} thread{'s' if threads > 1 else ''}",
     ]
@@ -52,23 +73,19 @@ def estimate(plan: Plan) -> str:
         if not images:
             lines.append(f"{data_name(data)}: its images are not there yet; no estimate")
             continue
-        epochs = Counter(run.arm for run in ordered + trials if run.data == data)
-        work = sum(int(run.arguments["epochs"]) for run in ordered + trials if run.data == data)
+        epochs = [int(run.arguments["epochs"]) for run in ordered if run.data == data]
+        work = sum(epochs)
         total += work * batches * seconds
         lines.append(
             f"{data_name(data)}: {images} images, {batches} batches and about {max(1, batches // accumulate)} "
-            f"optimizer steps an epoch, {sum(epochs.values())} trainings of {work} epochs together"
+            f"optimizer steps an epoch, {len(epochs)} trainings of {work} epochs together"
         )
-    disk = len(ordered + trials) * parameters * (2 + 2 + 2 + 12) / 1e9
+    disk = len(ordered) * parameters * (2 + 2 + 2 + 12) / 1e9
     lines.append(
         f"time: about {duration(total / workers)} with {workers} worker{'s' if workers > 1 else ''} like this machine "
         f"(validation and optimizer not counted); disk: about {disk:.2f} GB"
     )
-    lines += ["", "Full COCO on one A100, hours per arm and seed (an estimate, 640 px, not measured):"]
-    for size, flops in GFLOPS_640.items():
-        hours = 3 * flops * 1e9 * COCO_IMAGES * plan.epochs / (EFFECTIVE_TFLOPS * 1e12) / 3600
-        lines.append(f"  YOLOv8{size}: {hours:8.1f} h for {plan.epochs} epochs")
-    return "\n".join(lines)
+    return lines
 
 
 def _space(arm) -> str:

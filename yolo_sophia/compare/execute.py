@@ -32,7 +32,8 @@ class Progress:
 
     Attributes:
         run: The run.
-        state: "waiting", "running", "finished", "failed" or "elsewhere" (another process trains it).
+        state: "waiting", "running", "finished", "failed" or "elsewhere" (another process trains it); a trial
+            of `tune` also "pruned": stopped as it fell behind.
         epochs: Finished epochs.
         seconds: Wall time of this process's training so far.
         note: Last lines of the log of a failed run.

@@ -82,6 +82,14 @@ class Choice:
 
 Dimension = Range | Choice
 
+
+def written(dimension: Dimension) -> Any:
+    """The form that `read_dimension` reads back."""
+    if isinstance(dimension, Choice):
+        return {"choices": list(dimension.values)}
+    return [dimension.low, dimension.high, *["log"] * dimension.log, *["int"] * dimension.whole]
+
+
 _ADAM = {"lr0": Range(2e-4, 1e-2), "weight_decay": Range(1e-5, 1e-1)}
 SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
     {

@@ -230,11 +230,14 @@ def settle(args: Any, overrides: dict[str, Any] | None) -> None:
         setattr(args, key, value)
 
 
-def judge(given: Mapping[str, Any]) -> None:
+def judge(given: Mapping[str, Any]) -> dict[str, Any]:
     """Judge the arguments of a training as its trainer will, before there is one.
 
     Args:
         given: What the training will be given.
+
+    Returns:
+        All arguments in their final form.
 
     Raises:
         TypeError: As `resolve`; or a value is not of its argument's kind.
@@ -253,4 +256,6 @@ def judge(given: Mapping[str, Any]) -> None:
                 "dotted path such as torch.optim.Adagrad."
             )
     check_cfg(dict(given))
-    settle(SimpleNamespace(**{**default_arguments(), **DEFAULT_CFG_DICT, **given}), given)
+    args = SimpleNamespace(**{**default_arguments(), **DEFAULT_CFG_DICT, **given})
+    settle(args, given)
+    return vars(args)

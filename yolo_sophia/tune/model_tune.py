@@ -1,0 +1,62 @@
+"""Our search spaces in the two forms that Ultralytics' own `model.tune(space=...)` takes.
+
+The rule: what Ultralytics does to a value on its way never takes it out of the space. Its genetic tuner rounds to five
+decimals, so a bound that would become 0 is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from yolo_sophia.compare.spaces import Choice, Dimension, read_dimension, space_of
+
+DECIMALS = 5
+"""Ultralytics' engine.tuner.Tuner rounds to so many."""
+
+
+def tune_space(
+    optimizer: str = "SophiaG", *, space: Mapping[str, Any] | None = None, ray: bool = False
+) -> dict[str, Any]:
+    """The search space of an optimizer for `model.tune(optimizer=..., space=...)`.
+
+    Args:
+        optimizer: Name or dotted path of the optimizer.
+        space: More arguments, or other values for some, as `yolo-sophia tune space=` takes them.
+        ray: Whether it is for `model.tune(use_ray=True)`.
+
+    Returns:
+        Bounds (low, high) by argument, or Ray's search-space objects.
+
+    Raises:
+        ValueError: An entry is malformed; or the genetic tuner cannot search it; or Ray is not installed.
+    """
+    merged = {**space_of(optimizer), **{key: read_dimension(key, own) for key, own in (space or {}).items()}}
+    dimensions = {key: own for key, own in merged.items() if own is not None}
+    return {key: _for_ray(own) if ray else _for_tuner(key, own) for key, own in dimensions.items()}
+
+
+def _for_tuner(key: str, dimension: Dimension) -> tuple[float, float]:
+    if isinstance(dimension, Choice):
+        raise ValueError(
+            f"space: {key}: Ultralytics' genetic tuner knows bounds only, found the choices {dimension}. Use ray=True, "
+            "or yolo-sophia tune."
+        )
+    if dimension.low > 0 and round(dimension.low, DECIMALS) == 0:
+        raise ValueError(
+            f"space: {key}: Ultralytics' genetic tuner rounds to {DECIMALS} decimals and {dimension.low:g} becomes 0; "
+            f"expected a lower bound from {10**-DECIMALS:g} on. Use ray=True, or yolo-sophia tune."
+        )
+    return dimension.low, dimension.high
+
+
+def _for_ray(dimension: Dimension) -> Any:
+    try:
+        from ray import tune
+    except ImportError:
+        raise ValueError('tune_space(ray=True): Ray Tune is not installed: pip install "yolo-sophia[ray]".') from None
+    if isinstance(dimension, Choice):
+        return tune.choice(list(dimension.values))
+    if dimension.whole:  # Ray leaves the upper bound out
+        return (tune.lograndint if dimension.log else tune.randint)(dimension.low, dimension.high + 1)
+    return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)

@@ -1,0 +1,90 @@
+"""The best settings as a file to train with: a preset for Sophia, arguments for any other optimizer.
+
+The rule: every number in a preset says where it comes from: this study, what was given to it, or the preset below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from yolo_sophia.compare.plan import data_name
+from yolo_sophia.presets import BORROWED, KNOBS
+from yolo_sophia.tune.plan import TunePlan
+
+BEST, ARGUMENTS = "best.yaml", "best-arguments.yaml"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Files by name, and the command that trains with them."""
+
+    files: Mapping[str, str]
+    command: str
+
+
+def outcome(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: int) -> Outcome:
+    """The best settings of a study.
+
+    Args:
+        plan: The plan.
+        settings: What the best trial searched.
+        value: Its mAP50-95.
+        trials: Trials that the study has begun.
+    """
+    from yolo_sophia.integration.arguments import canonical_optimizer
+
+    name = canonical_optimizer(plan.arm.arguments["optimizer"])
+    where = f"model={plan.fixed['model']} data={plan.base.data[0]}"
+    found = f"best of {trials} trials, mAP50-95 {value:.4f}: {_length(plan)}"
+    best, others = plan.base.out / BEST, plan.base.out / ARGUMENTS
+    if name is None:
+        given = {key: plan.fixed[key] for key in BORROWED if key in plan.fixed}
+        text = _arguments(plan, {**given, **plan.arm.arguments, **settings}, found)
+        return Outcome({BEST: text}, f"yolo train cfg={best} {where}")
+    files = {BEST: _preset(plan, name, settings, found)}
+    rest = {key: own for key, own in settings.items() if key not in KNOBS and key not in BORROWED}
+    if not rest:
+        return Outcome(files, f"yolo train {where} optimizer={name} sophia={best}")
+    files[ARGUMENTS] = _arguments(plan, {"optimizer": name, **rest}, found)
+    return Outcome(
+        files, f"yolo train cfg={others} {where} sophia={best}"
+    )  # cfg= first: it replaces what stands before
+
+
+def _length(plan: TunePlan) -> str:
+    seeds, data = plan.base.seeds, ", ".join(map(data_name, plan.base.data))
+    many = "seed" if len(seeds) == 1 else "mean over seeds"
+    return (
+        f"{data}, {Path(str(plan.fixed['model'])).name}, {plan.base.epochs} epochs, {many} {', '.join(map(str, seeds))}"
+    )
+
+
+def _preset(plan: TunePlan, optimizer: str, settings: Mapping[str, Any], found: str) -> str:
+    from yolo_sophia.integration.arguments import resolve
+
+    given = {**plan.fixed, **settings}
+    resolved = resolve({**given, "optimizer": optimizer}, given)
+    origins = {
+        "preset": lambda key: f"preset {resolved.preset.name}: {resolved.preset.origins[key]}",
+        "default": lambda key: "package default; not varied",
+        "typed": lambda key: f"study {plan.study}: " + (found if key in settings else "given, not varied"),
+    }
+    content = {
+        "description": f"Tuned by yolo-sophia tune, study {plan.study}; {found}",
+        "status": "provisional",
+        "settings": {
+            key: {"value": resolved.values[key], "origin": origins[source](key)}
+            for key, source in resolved.sources.items()
+        },
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _arguments(plan: TunePlan, content: Mapping[str, Any], found: str) -> str:
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    return f"# Tuned by yolo-sophia tune, study {plan.study}; {' '.join(found.split())}\n{text}"

@@ -1,0 +1,173 @@
+"""The report of a study: what was found, figures, every trial, and the files to train with.
+
+The rule: as a comparison's report: it is written whatever the state of the trials, and hides none.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from yolo_sophia.compare import machine
+from yolo_sophia.compare.galleries import picture
+from yolo_sophia.compare.page import Block, Code, Document, Fold, Gallery, Section, Table, Text
+from yolo_sophia.compare.plan import data_name
+from yolo_sophia.compare.report import write_document
+from yolo_sophia.compare.tables import DASH, count, duration, scalar
+from yolo_sophia.compare.worker import write_whole
+from yolo_sophia.tune import figures
+from yolo_sophia.tune.plan import plan_yaml
+from yolo_sophia.tune.view import Trial, View
+
+CSV = "trials.csv"
+READING = (
+    "Score: the last mAP50-95 of a training, the mean over seeds and data sets where there are several. The best of "
+    "many trials flatters itself: it was chosen on these validation images and with these seeds. Confirm it with "
+    "yolo-sophia compare, whose default seeds took no part here.",
+    "Pruned: stopped as its score fell behind that of the other trials at the same epoch; its mark is the last score.",
+    "Importance (PED-ANOVA): how much an argument alone separates the best tenth of the finished trials from all of "
+    "them. It says nothing of directions, and little where few trials have finished.",
+)
+
+
+def write_report(view: View) -> Path:
+    """Write report.html, report.md, figures/*.png, trials.csv and the best settings into the study's folder.
+
+    Returns:
+        Path of report.html.
+    """
+    out = view.plan.base.out
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (view.outcome.files if view.outcome else {}).items():
+        write_whole(out / name, text)
+    write_whole(out / CSV, rows_csv(view))
+    return write_document(compose(view), out)
+
+
+def compose(view: View) -> Document:
+    """Put the report together."""
+    plan = view.plan
+    names = ", ".join(map(data_name, plan.base.data))
+    parts = [
+        Section("best", "Best settings", _best(view)),
+        Section("figures", "What the trials show", _figures(view)),
+        Section("trials", "Trials", _trials(view)),
+        Section("space", "Space and settings", _space(view)),
+        Section("setup", "Versions and hardware", _setup()),
+        Section("plan", "Plan", [Code(plan_yaml(plan), "Saved as plan.yaml: yolo-sophia tune plan=plan.yaml")]),
+        Section("reading", "How to read this", [Text(text) for text in READING]),
+    ]
+    facts = [f"{len(view.having(state))} {state}" for state in ("pruned", "failed", "running") if view.having(state)]
+    badges = [
+        f"{len(view.having('finished'))} of {count(plan.trials, 'trial')} finished", *facts,
+        f"{plan.base.epochs} epochs", count(len(plan.base.seeds), "seed"), f"sampler {plan.sampler}",
+        f"pruner {plan.pruner}",
+    ]  # fmt: skip
+    return Document(f"{plan.arm.name} tuned on {names}", badges, parts)
+
+
+def _best(view: View) -> list[Block]:
+    best, plan = view.best, view.plan
+    left = plan.trials - len(view.trials) + len(view.having("running"))
+    blocks: list[Block] = []
+    if left > 0:
+        blocks.append(Text(f"Not complete: {left} of {count(plan.trials, 'trial')} to come.", "warning"))
+    if best is None:
+        return [*blocks, Text("No trial has finished yet: there is nothing to recommend.", "warning")]
+    words = ", ".join(f"{key} {scalar(value)}" for key, value in best.settings.items())
+    text = f"Trial {best.number} has the best mAP50-95, {best.value:.4f}: {words}."
+    if view.start is best:
+        text += " These are the optimizer's own settings: no other trial did better."
+    elif view.start is not None:
+        text += f" The optimizer's own settings had {view.start.value:.4f} (trial {view.start.number})."
+    blocks.append(Text(text))
+    if len(plan.base.seeds) == 1:
+        blocks.append(Text("One seed: differences of a few thousandths may be luck.", "note"))
+    if edges := _at_an_edge(view, best):
+        blocks.append(Text(f"At the edge of the space: {', '.join(edges)}. Better values may lie beyond.", "warning"))
+    blocks.append(Code(view.outcome.command, "Train with it"))
+    blocks += [Code(text, name) for name, text in view.outcome.files.items()]
+    return blocks
+
+
+def _at_an_edge(view: View, best: Trial) -> list[str]:
+    """Arguments whose best value lies in the outer twentieth of its range."""
+    found = []
+    for key, dimension in view.plan.space.items():
+        if hasattr(dimension, "low") and not dimension.at(0.05) < best.settings[key] < dimension.at(0.95):
+            found.append(f"{key} {scalar(best.settings[key])} in {dimension}")
+    return found
+
+
+def _figures(view: View) -> list[Block]:
+    if view.best is None:
+        return []
+    best, trials = view.best, view.trials
+    words = f"The best is trial {best.number} with {best.value:.4f}."
+    shown = [
+        picture("history", figures.history(trials, best), f"Scores of {count(len(trials), 'trial')}. {words}"),
+        picture("curves", figures.curves(trials, best, view.start), f"Scores after each epoch. {words}"),
+    ]
+    if view.importance:
+        shares = ", ".join(f"{key} {share:.0%}" for key, share in view.importance.items())
+        shown.append(picture("importance", figures.importance(view.importance), f"Importance: {shares}."))
+    slices = [
+        picture(f"slice-{key}", figures.slices(key, dimension, trials, best), f"Scores over {key}. {words}")
+        for key, dimension in view.plan.space.items()
+    ]
+    blocks: list[Block] = [Gallery(shown), Gallery(slices, "One panel per argument: scores over its values.")]
+    if not view.importance:
+        blocks.append(Text("Too few finished trials, or all alike: no importances.", "note"))
+    return blocks
+
+
+def _trials(view: View) -> list[Block]:
+    keys = list(view.plan.space)
+    rows = []
+    for trial in sorted(view.trials, key=lambda t: (t.value is None, -(t.value or 0), t.number)):
+        cells = [scalar(trial.settings[key]) if key in trial.settings else DASH for key in keys]
+        score = figures.score_of(trial)
+        shown = DASH if score != score else f"{score:.4f}"
+        state = ("finished", "best") if trial is view.best else trial.state
+        epochs = f"{max(trial.curve, default=0)} of {view.plan.epochs}"
+        rows.append([str(trial.number), state, shown, *cells, epochs, duration(trial.seconds)])
+    head = ["trial", "state", "mAP50-95", *keys, "epochs", "time"]
+    blocks: list[Block] = [
+        Text(f"{len(trials)} {state}.") for state in ("failed", "running") if (trials := view.having(state))
+    ]
+    blocks += [Code(t.note, f"Trial {t.number} failed. Last lines of its log") for t in view.having("failed")]
+    return [*blocks, Table("Every trial, the best first; of a pruned one the last score", head, rows)]
+
+
+def _space(view: View) -> list[Block]:
+    plan = view.plan
+    rows = [[key, str(own), scalar(plan.start[key]) if key in plan.start else DASH] for key, own in plan.space.items()]
+    space = Table("What was searched", ["argument", "values", "the optimizer's own"], rows, numbers=False)
+    fixed = [[key, scalar(value)] for key, value in plan.fixed.items()]
+    return [
+        space,
+        Fold("What every trial has in common", [Table("Given", ["argument", "value"], fixed, numbers=False)]),
+    ]
+
+
+def _setup() -> list[Block]:
+    facts = {"report written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}
+    facts |= {f"commit of {name}": commit for name, commit in machine.commits().items()}
+    facts |= {f"this machine's {name}": value for name, value in machine.hardware().items()}
+    return [Table("Versions, hardware and date", ["fact", "value"], list(map(list, facts.items())), numbers=False)]
+
+
+def rows_csv(view: View) -> str:
+    """One line per trial."""
+    buffer, keys = io.StringIO(), list(view.plan.space)
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["trial", "state", "mAP50-95", *keys, "epochs", "seconds", "note"])
+    for trial in view.trials:
+        settings: Sequence[object] = [trial.settings.get(key, "") for key in keys]
+        last = max(trial.curve, default=0)
+        row = [trial.number, trial.state, trial.value, *settings, last, trial.seconds, trial.note]
+        writer.writerow(["" if cell is None else cell for cell in row])
+    return buffer.getvalue()

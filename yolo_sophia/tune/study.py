@@ -1,0 +1,230 @@
+"""The study in Optuna's storage, as several processes share it: who takes which trial, and what becomes of a dead one.
+
+The rule: a trial is held by the process that has its lock. A running trial of this folder whose lock is free was cut
+off, and is taken up where it was. Trials of other folders (machines that share only the storage) are known by
+heartbeats, which every process gives for all trials of its folder; without one for `GRACE` seconds they have failed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from yolo_sophia.compare.spaces import Choice, Dimension
+from yolo_sophia.compare.tuning import TRIAL_SEED
+from yolo_sophia.compare.worker import write_whole
+from yolo_sophia.tune.plan import TunePlan
+from yolo_sophia.tune.progress import NOTE, SETTINGS
+
+BEAT, GRACE = 60, 600
+"""Seconds between two heartbeats, and after which a trial without one is dead."""
+IDENTITY, FOLDER = "identity", "folder"
+LOCKS, FOLDER_ID = ".locks", ".folder"
+
+
+@dataclass
+class Claim:
+    """A trial that this process holds.
+
+    Attributes:
+        trial: The trial.
+        settings: What it searches, as it is trained.
+        lock: Free again when the process ends, however it ends.
+    """
+
+    trial: optuna.Trial
+    settings: dict[str, Any]
+    lock: FileLock = field(repr=False)
+
+
+class SharedStudy:
+    """A study as this process sees it.
+
+    Args:
+        plan: The plan.
+
+    Raises:
+        ValueError: The storage cannot be opened, or it holds another study under this name.
+    """
+
+    def __init__(self, plan: TunePlan):
+        self.plan, self._beaten = plan, 0.0
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")  # it is `beat` that gives them
+        found = self._open(create=False)
+        if found is not None:
+            self._check_same(found)
+        self._locks = plan.base.out / LOCKS / plan.study
+        self._locks.mkdir(parents=True, exist_ok=True)
+        with self._queue():
+            folder = self._locks.parent / FOLDER_ID
+            if not folder.is_file():
+                write_whole(folder, uuid.uuid4().hex)
+            self.folder = folder.read_text(encoding="utf-8")
+            self._study = found or self._open(create=True)
+            self._check_same(self._study)
+            if not self._study.get_trials(deepcopy=False):
+                self._study.set_user_attr(IDENTITY, plan.identity())
+            self._plan_ahead()
+
+    def _open(self, *, create: bool) -> optuna.Study | None:
+        url, name = self.plan.storage, self.plan.study
+        file = Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+        if file is not None and not file.is_file() and not create:
+            return None
+        try:
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            patience = {"connect_args": {"timeout": 60}} if file is not None else {}
+            self.storage = optuna.storages.RDBStorage(url, patience, heartbeat_interval=BEAT, grace_period=GRACE)
+            if not create and name not in optuna.get_all_study_names(self.storage):
+                return None
+            pruner = make_pruner(self.plan)
+            return optuna.create_study(
+                storage=self.storage, study_name=name, direction="maximize", load_if_exists=True, pruner=pruner
+            )
+        except (SQLAlchemyError, ImportError, RuntimeError, optuna.exceptions.OptunaError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"storage={url} cannot be opened: {reason}") from None
+
+    def _check_same(self, study: optuna.Study) -> None:
+        there, mine = study.user_attrs.get(IDENTITY), json.loads(json.dumps(self.plan.identity()))
+        if there is None and not study.get_trials(deepcopy=False):
+            return
+        if there is None:
+            raise ValueError(f"study={self.plan.study}: the storage has one that is not yolo-sophia's; name another.")
+        if differing := [key for key in {**mine, **there} if mine.get(key) != there.get(key)]:
+            shown = "; ".join(f"{key}: {there.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
+            raise ValueError(
+                f"study={self.plan.study} in {self.plan.storage} is another one ({shown}). Give the same arguments to "
+                "go on with it, or another out= or study= to begin one."
+            )
+
+    def _plan_ahead(self) -> None:
+        """Queue the trials that no sampler proposes: the optimizer's own settings, or every point of the grid."""
+        if self.plan.sampler == "grid":
+            for point in self.plan.grid():
+                self._study.enqueue_trial(point, skip_if_exists=True)
+        elif not self._study.get_trials(deepcopy=False) and self.plan.start:
+            self._study.enqueue_trial(dict(self.plan.start), skip_if_exists=True)
+
+    @contextmanager
+    def _queue(self) -> Iterator[None]:
+        """Let one process of this folder at a time choose its trial."""
+        with FileLock(self._locks / "queue"):
+            yield
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials that were begun, by number."""
+        return [t for t in self._study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+
+    def claim(self) -> Claim | None:
+        """Take up a trial that was cut off, or begin one; None where nothing is left to begin."""
+        with self._queue():
+            begun = self.trials
+            self._study.sampler = make_sampler(self.plan, len(begun))
+            for trial in begun:
+                mine = trial.user_attrs.get(FOLDER, self.folder) == self.folder
+                if mine and trial.state == TrialState.RUNNING and (lock := self._lock(trial.number)):
+                    return self._claimed(optuna.Trial(self._study, trial._trial_id), lock)
+            if len(begun) >= self.plan.trials:
+                return None
+            trial = self._study.ask()
+            lock = self._lock(trial.number)
+            if lock is None:
+                raise RuntimeError(f"trial {trial.number} is new, and locked in {self._locks}")
+            return self._claimed(trial, lock)
+
+    def _lock(self, number: int) -> FileLock | None:
+        lock = FileLock(self._locks / f"trial-{number}", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lock
+
+    def _claimed(self, trial: optuna.Trial, lock: FileLock) -> Claim:
+        trial.set_user_attr(FOLDER, self.folder)
+        settings = {
+            key: dimension.settle(_suggest(trial, key, dimension)) for key, dimension in self.plan.space.items()
+        }
+        trial.set_user_attr(SETTINGS, settings)
+        self.storage.record_heartbeat(trial._trial_id)
+        return Claim(trial, settings, lock)
+
+    def end(self, claim: Claim, state: TrialState, value: float | None = None, note: str = "") -> None:
+        """Close a trial; one that was counted as failed meanwhile stays so."""
+        if note:
+            claim.trial.set_user_attr(NOTE, note)
+        self._study.tell(claim.trial, value, state if value is None else None, skip_if_finished=True)
+        claim.lock.release()
+
+    def beat(self) -> None:
+        """Speak for the trials of this folder, and count those as failed that nobody speaks for; once a minute."""
+        if time.monotonic() - self._beaten < BEAT and self._beaten:
+            return
+        self._beaten = time.monotonic()
+        for trial in self.trials:
+            if trial.state == TrialState.RUNNING and trial.user_attrs.get(FOLDER) == self.folder:
+                self.storage.record_heartbeat(trial._trial_id)
+        optuna.storages.fail_stale_trials(self._study)
+
+    def importance(self) -> Mapping[str, float]:
+        """Share of each argument in what separates good trials from others (PED-ANOVA), the largest first.
+
+        Returns:
+            Shares that sum to 1; empty where there are too few finished trials to say, or their values are all alike.
+        """
+        finished = [t for t in self.trials if t.state == TrialState.COMPLETE]
+        if len(finished) < ENOUGH or len({t.value for t in finished}) < 2:
+            return {}
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        return optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+
+
+ENOUGH = 4
+"""Finished trials from which on importances are computed."""
+
+
+def _suggest(trial: optuna.Trial, key: str, dimension: Dimension) -> Any:
+    if isinstance(dimension, Choice):
+        return trial.suggest_categorical(key, dimension.values)
+    suggest = trial.suggest_int if dimension.whole else trial.suggest_float
+    return suggest(key, dimension.low, dimension.high, log=dimension.log)
+
+
+def make_sampler(plan: TunePlan, number: int) -> optuna.samplers.BaseSampler:
+    """A sampler for one trial, seeded by its number: a study that was cut off goes on as if it had not been.
+
+    Raises:
+        ValueError: sampler=cmaes without the package cmaes.
+    """
+    seed = TRIAL_SEED + number
+    if plan.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    if plan.sampler == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    return optuna.samplers.RandomSampler(seed=seed)  # a grid's points are queued: nothing is left to sample
+
+
+def make_pruner(plan: TunePlan) -> optuna.pruners.BasePruner:
+    """The pruner; its steps are the epochs of a trial."""
+    if plan.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=plan.prune_after)
+    if plan.pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=plan.prune_after, max_resource=plan.epochs)
+    return optuna.pruners.NopPruner()
