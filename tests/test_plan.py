@@ -353,7 +353,7 @@ def test_settings():
 @pytest.mark.parametrize("name", [*SPACES, "torch.optim.Adagrad"])
 def test_trials_are_equal_in_number_inside_the_space_and_the_same_each_time(name):
     arm = plan(optimizers=name).arms[0]
-    space = space_of(arm.arguments["optimizer"])
+    space = space_of(arm.arguments)
     assert space == SPACES.get(name, OTHERS)
     made = settings(arm, 9)
     assert made == settings(arm, 9) and made[0] == {}

@@ -37,7 +37,7 @@ from yolo_sophia.compare.spaces import Range
 from yolo_sophia.compare.tuning import TRIAL_SEED
 from yolo_sophia.compare.worker import CHECKPOINT, CURVE, RECEIPT, read_curve
 from yolo_sophia.integration.arguments import OPTIMIZERS, judge, resolve
-from yolo_sophia.presets import load_preset
+from yolo_sophia.presets import KNOBS, load_preset
 from yolo_sophia.tune import attempt, command
 from yolo_sophia.tune.plan import SAMPLERS, TunePlan, parse, plan_yaml
 from yolo_sophia.tune.report import compose, write_report
@@ -81,6 +81,11 @@ def test_a_given_value_is_not_searched_and_the_space_is_written_on_top(tmp_path)
     assert dict(inline.start) == {"rho": 0.1, "lr0": 0.001, "hessian_estimator": "gnb"}
 
 
+def test_under_a_steered_rho_the_fraction_is_searched():
+    made = plan(rho="auto")
+    assert list(made.space) == ["lr0", "clip_fraction"] and set(made.start) == {"lr0", "clip_fraction"}
+
+
 def test_the_start_leaves_out_what_lies_outside_the_space():
     assert dict(plan(optimizer="SGD").start) == {"lr0": 0.01, "momentum": 0.937}
     assert dict(plan(optimizer="SGD", space="{'lr0': [0.02, 0.1]}").start) == {"momentum": 0.937}
@@ -117,6 +122,7 @@ def test_grid():
     [
         {},
         {"sampler": "grid", "grid_points": 2, "lr0": 0.01, "space": "{'nbs': {choices: [16, 64]}, 'rho': null}"},
+        {"rho": "auto", "space": "{'lr0': null}"},
         {"pruner": "none", "workers": 2, "seeds": "1,2", "optimizer": "SGD", "space": "{'imgsz': [64, 96, 'int']}"},
         {"prune_after": 2, "study": "mine", "storage": "x.db", "out": "there", "optimizer_args": "{'eps': 1e-7}",
          "optimizer": "torch.optim.Adagrad", "bn_recalibrate": True, "devices": "0,1"},
@@ -153,6 +159,7 @@ def test_the_written_plan_is_read_back(changes, tmp_path):
         ({"space": "{'hessian_interval': [2, 20]}"}, "Add 'int' for whole numbers."),
         ({"space": "{'hessian_estimator': ['gnb', 'gbn']}"}, "space: hessian_estimator: 'hessian_estimator=gbn'"),
         ({"space": "{'rho': [0.1, 0.2]}", "optimizer": "SGD"}, "['rho'] are arguments of optimizer=SophiaG"),
+        ({"space": "{'clip_fraction': [0.1, 0.9], 'rho': null}"}, "clip_fraction is the knob of rho=auto, found rho="),
         ({"space": "{'rho': [0.1, 0.2]}", "rho": 0.1}, "rho=0.1 is fixed, and it is in the space"),
         ({"grid_points": 4}, "grid_points goes with sampler=grid, found sampler=tpe"),
         ({"pruner": "none", "prune_after": 2}, "prune_after goes with pruner=median or hyperband"),
@@ -413,7 +420,11 @@ def test_the_preset_is_what_was_found(tuned):
     path.write_text(view.outcome.files["best.yaml"])
     preset = load_preset(str(path))
     detect = load_preset("detect")
-    assert dict(preset.settings) == {**detect.settings, "weight_decay": 0.01, **view.best.settings}
+    assert dict(preset.settings) == {
+        **{key: knob.default for key, knob in KNOBS.items()}, **detect.settings, "weight_decay": 0.01,
+        **view.best.settings,
+    }  # fmt: skip
+    assert preset.origins["clip_fraction"] == "package default; not varied"
     for key in view.plan.space:
         assert preset.origins[key].startswith(f"study SophiaG-bccd: best of 5 trials, mAP50-95 {view.best.value:.4f}")
     assert preset.origins["weight_decay"] == "study SophiaG-bccd: given, not varied"

@@ -89,5 +89,5 @@ def costs(plan: Plan, ordered: Sequence[Run], workers: int) -> list[str]:
 
 
 def _space(arm) -> str:
-    space = space_of(arm.arguments["optimizer"])
+    space = space_of(arm.arguments)
     return ", ".join(f"{key} {dimension}" for key, dimension in space.items()) or "nothing"

@@ -106,13 +106,20 @@ SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
     }
 )
 """What is searched for each optimizer: the learning rate and its one other knob."""
+STEERED: Mapping[str, Dimension] = MappingProxyType(
+    {"lr0": SPACES["sophiag"]["lr0"], "clip_fraction": Range(0.1, 0.95, log=False)}
+)
+"""What is searched for Sophia under rho=auto, whose knob is the fraction that rho is steered to."""
 OTHERS: Mapping[str, Dimension] = MappingProxyType({"lr0": Range(1e-5, 1e-2), "weight_decay": Range(1e-5, 1e-1)})
 """What is searched for an optimizer given by a dotted path."""
 
 
-def space_of(optimizer: object) -> Mapping[str, Dimension]:
-    """The search space of an optimizer by its name or dotted path."""
-    return SPACES.get(str(optimizer).lower(), OTHERS)
+def space_of(arguments: Mapping[str, Any]) -> Mapping[str, Dimension]:
+    """The search space of the optimizer of these arguments."""
+    name = str(arguments["optimizer"]).lower()
+    if name == "sophiag" and str(arguments.get("rho")).lower() == "auto":
+        return STEERED
+    return SPACES.get(name, OTHERS)
 
 
 def read_dimension(key: str, given: Any) -> Dimension | None:

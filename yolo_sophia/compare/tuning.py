@@ -30,7 +30,7 @@ def halton(index: int, base: int) -> float:
 
 def settings(arm: Arm, trials: int) -> list[dict[str, float]]:
     """What each trial changes in the arm; the first changes nothing. No space, no further trials."""
-    space = space_of(arm.arguments["optimizer"])
+    space = space_of(arm.arguments)
     points = range(1, trials if space else 1)
     return [{}] + [{key: r.at(halton(i, b)) for (key, r), b in zip(space.items(), BASES)} for i in points]
 

@@ -21,7 +21,8 @@ def tune_space(
     """The search space of an optimizer for `model.tune(optimizer=..., space=...)`.
 
     Args:
-        optimizer: Name or dotted path of the optimizer.
+        optimizer: Name or dotted path of the optimizer. Under a preset with rho=auto, Sophia's space has clip_fraction
+            in the place of rho.
         space: More arguments, or other values for some, as `yolo-sophia tune space=` takes them.
         ray: Whether it is for `model.tune(use_ray=True)`.
 
@@ -29,9 +30,13 @@ def tune_space(
         Bounds (low, high) by argument, or Ray's search-space objects.
 
     Raises:
-        ValueError: An entry is malformed; or the genetic tuner cannot search it; or Ray is not installed.
+        ValueError: There is no such optimizer; an entry is malformed; the genetic tuner cannot search it; or Ray is not
+            installed.
     """
-    merged = {**space_of(optimizer), **{key: read_dimension(key, own) for key, own in (space or {}).items()}}
+    from yolo_sophia.integration.arguments import judge
+
+    given = {key: read_dimension(key, entry) for key, entry in (space or {}).items()}
+    merged = {**space_of(judge({"optimizer": optimizer})), **given}
     dimensions = {key: own for key, own in merged.items() if own is not None}
     return {key: _for_ray(own) if ray else _for_tuner(key, own) for key, own in dimensions.items()}
 

@@ -154,7 +154,7 @@ def build(content: Mapping[str, Any]) -> TunePlan:
     Raises:
         ValueError: What is wrong with which key, and what was expected.
     """
-    from yolo_sophia.integration.arguments import known_arguments
+    from yolo_sophia.integration.arguments import judge, known_arguments
 
     known = known_arguments()
     if "pruner" in content and content["pruner"] is None:  # the word none was read as null
@@ -176,7 +176,11 @@ def build(content: Mapping[str, Any]) -> TunePlan:
     base = comparison.build({**content, **{key: own[key] for key in shared}, "optimizers": [str(own["optimizer"])]})
     fixed = {**base.common, **base.arms[0].arguments}
     space = _space(own["space"], fixed)
-    start = _judged(space, fixed)
+    _check_samples(space, fixed)
+    settled = judge(fixed)
+    if "clip_fraction" in space and "rho" not in space and settled["rho"] != "auto":
+        raise ValueError(f"space: clip_fraction is the knob of rho=auto, found rho={settled['rho']}: add rho=auto.")
+    start = {key: settled[key] for key, dimension in space.items() if dimension.holds(settled.get(key))}
     study = str(own["study"] or "-".join([base.arms[0].name, *map(data_name, base.data)]))
     base = replace(base, out=Path(str(own["out"] or Path("runs", "tune", study))))
     storage = str(own["storage"] or base.out / "study.db")
@@ -212,15 +216,22 @@ def _fitting(plan: TunePlan, typed: set[str]) -> TunePlan:
     return replace(plan, trials=min(plan.trials, size) if "trials" in typed else size)
 
 
+def _own_space(fixed: Mapping[str, Any]) -> dict[str, Dimension]:
+    """The space of the optimizer, as its preset has it, without what is fixed."""
+    from yolo_sophia.integration.arguments import judge
+
+    return {key: own for key, own in space_of(judge(fixed)).items() if key not in fixed}
+
+
 def _space(given: Any, fixed: Mapping[str, Any]) -> dict[str, Dimension]:
-    """The optimizer's own space, without what is fixed, with what is given on top."""
+    """The optimizer's own space with what is given on top."""
     from yolo_sophia.integration.arguments import known_arguments
 
     if isinstance(given, str):
         given = comparison.plain_numbers(comparison.read_mapping("space", given))
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"space: found {given!r}, expected a mapping of arguments to {FORMS}.")
-    space = {key: own for key, own in space_of(fixed["optimizer"]).items() if key not in fixed}
+    space = _own_space(fixed)
     for key, entry in (given or {}).items():
         if key not in (known := known_arguments()):
             raise ValueError(f"space: {key!r} is not a known argument.{suggestion(key, known)}")
@@ -238,14 +249,10 @@ def _space(given: Any, fixed: Mapping[str, Any]) -> dict[str, Dimension]:
     return space
 
 
-def _judged(space: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """Judge the ends of every dimension; returns the optimizer's own values that the space holds."""
+def _check_samples(space: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> None:
+    """Refuse a dimension whose ends or choices a training would refuse."""
     from yolo_sophia.integration.arguments import judge
 
-    try:
-        settled = judge(fixed)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"optimizer {fixed['optimizer']}: {error}") from None
     for key, dimension in space.items():
         for value in dimension.samples:
             try:
@@ -254,12 +261,11 @@ def _judged(space: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> dict[st
                 whole_missing = isinstance(error, TypeError) and isinstance(dimension, Range) and not dimension.whole
                 hint = " Add 'int' for whole numbers." if whole_missing else ""
                 raise ValueError(f"space: {key}: {error}{hint}") from None
-    return {key: settled[key] for key, dimension in space.items() if dimension.holds(settled.get(key))}
 
 
 def plan_yaml(plan: TunePlan) -> str:
     """The plan as a file that `plan=` reads back to the same plan."""
-    left_out = [key for key in space_of(plan.arm.arguments["optimizer"]) if key not in {*plan.space, *plan.fixed}]
+    left_out = [key for key in _own_space(plan.fixed) if key not in plan.space]
     content: dict[str, Any] = {
         "data": list(plan.base.data),
         "optimizer": plan.arm.name,
