@@ -32,7 +32,16 @@ from torch import Generator, Tensor, nn
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_sophia.curvature import Bernoulli, Categorical, EmpiricalFisher, GaussNewtonBartlett, LossTerm, Quadratic
+from yolo_sophia.curvature import (
+    Bernoulli,
+    Categorical,
+    EmpiricalFisher,
+    Gaussian,
+    GaussNewtonBartlett,
+    Laplace,
+    LossTerm,
+    Quadratic,
+)
 from yolo_sophia.integration.heads import DetectionTap
 
 SIZE, IMAGES, CLASSES, BINS = 48, 3, 3, 4
@@ -375,7 +384,7 @@ def second_moment(term: LossTerm) -> Tensor:
     """E over the labels of cot cot^T, without noise: all outcomes of the term's `sampled`, each with its probability.
 
     Returns:
-        For `Bernoulli` the variances, of the output's shape; otherwise matrices, shape (..., d, d).
+        For likelihoods of single outputs the variances, of the output's shape; otherwise matrices, shape (..., d, d).
     """
     f = term.output.detach()
     if isinstance(term, Bernoulli):
@@ -385,6 +394,10 @@ def second_moment(term: LossTerm) -> Tensor:
             with mock.patch("torch.bernoulli", lambda x, generator=None, y=y: torch.full_like(x, y)):
                 moment = moment + probability * term.sampled(None).square()
         return moment
+    if isinstance(term, (Gaussian, Laplace)):  # noise of variance 1, whose square one outcome shows
+        ones = {name: lambda *args, **_: torch.ones(args[-1]) for name in ("randn", "randint")}
+        with mock.patch.multiple("torch", **ones):
+            return term.sampled(None).square()
     if isinstance(term, Categorical):
         p = f.softmax(-1)
         edges = p.cumsum(-1)

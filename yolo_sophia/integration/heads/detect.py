@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolo_sophia.curvature import Bernoulli, Categorical, Laplace, LossTerm, Quadratic
+from yolo_sophia.curvature import Bernoulli, Laplace, LossTerm, Quadratic
+from yolo_sophia.curvature.losses import distribution_focal_loss
 from yolo_sophia.integration.heads.rows import quadratic, wide
 from yolo_sophia.integration.heads.tap import Call, Tap
 
@@ -81,12 +82,9 @@ class DetectionTap(Tap):
         if not self.criterion.use_dfl:
             return [Laplace(f, coefficient, t) for f, t in self._only(calls, "bbox_loss").inner]
         logits, t = self._only(calls, "bbox_loss.dfl_loss").args  # t is clamped in place by the call
-        low = t.long()
-        target = torch.zeros(*t.shape, logits.shape[-1], dtype=t.dtype, device=t.device)
-        target.scatter_(-1, low[..., None], (low + 1 - t)[..., None])
-        target.scatter_(-1, low[..., None] + 1, (t - low)[..., None])
         with torch.enable_grad():
-            return [Categorical(logits.view_as(target), coefficient[..., None], target)]
+            logits = logits.view(*t.shape, -1)
+        return distribution_focal_loss(logits, t, coefficient[..., None])
 
     def _boxes(self, calls: dict[str, list[Call]], box: dict[str, Tensor], per_anchor: Tensor) -> Quadratic:
         """Of the IoU, and of what `_beside_iou` adds to it."""

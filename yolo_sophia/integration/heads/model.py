@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_sophia.curvature import Categorical, Gaussian, LossTerm, sign_randomised
+from yolo_sophia.curvature import Gaussian, LossTerm, sign_randomised
+from yolo_sophia.curvature.losses import cross_entropy
 from yolo_sophia.integration.heads.rows import wide
 from yolo_sophia.integration.heads.tap import Call, Tap
 
@@ -27,11 +28,9 @@ class ClassificationTap(Tap):
 
     hears = ("loss",)
 
-    @torch.no_grad()
     def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:
         ((logits, labels),) = self._only(calls, "loss").inner
-        target = nn.functional.one_hot(labels, logits.shape[-1]).to(wide(logits))
-        return [Categorical(logits, target.new_tensor(weight / len(logits)), target)]
+        return cross_entropy(logits, labels)
 
 
 class DistillationTap(Tap):
