@@ -1,12 +1,16 @@
-"""One tiny model and batch for every task and family: real heads and losses on a backbone of four convolutions."""
+"""One tiny model, batch and data set for every task: real heads and losses on a backbone of four convolutions."""
 
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 from torch import Generator, Tensor, nn
 from ultralytics.nn import tasks
 from ultralytics.utils import DEFAULT_CFG_DICT
@@ -43,7 +47,8 @@ def build(task: str, two_heads: bool = False, seed: int = 0) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)
-    model.args = SimpleNamespace(**DEFAULT_CFG_DICT | GAINS)
+    if task != "classify":
+        model.args = SimpleNamespace(**DEFAULT_CFG_DICT | GAINS)
     return with_criterion(model.to(torch.get_default_dtype()).train())
 
 
@@ -73,3 +78,43 @@ def batch_of(task: str, images: int = 2, size: int = 48, seed: int = 0) -> dict[
         "masks": torch.randint(OBJECTS + 1, (images, side, side), generator=g).to(centre.dtype),
         "sem_masks": torch.randint(CLASSES, (images, side, side), generator=g),
     }
+
+
+def write_data(detection: Path, task: str, folder: Path) -> Path:
+    """The data of a task made from a detection set, for what `data=` takes.
+
+    Args:
+        detection: data.yaml of the set, its images and labels in the layout of Ultralytics.
+        task: segment (a box's corners as polygon), pose (points on the box), obb (its corners) or classify.
+        folder: Folder to write into.
+    """
+    source = Path(yaml.safe_load(detection.read_text())["path"])
+    for split in ("train", "val"):
+        for i, image in enumerate(sorted((source / "images" / split).iterdir())):
+            if task == "classify":
+                target = folder / split / f"c{i % CLASSES}" / image.name
+            else:
+                target = folder / "images" / split / image.name
+                label = folder / "labels" / split / f"{image.stem}.txt"
+                label.parent.mkdir(parents=True, exist_ok=True)
+                rows = np.loadtxt(source / "labels" / split / label.name, ndmin=2)
+                label.write_text("\n".join(" ".join(f"{v:g}" for v in row) for row in _rows(rows, task)))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, target)
+    if task == "classify":
+        return folder
+    content = {"path": str(folder), "train": "images/train", "val": "images/val", "names": dict(enumerate("abcdef"))}
+    content |= {"kpt_shape": [KEYPOINTS, 3]} if task == "pose" else {}
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def _rows(boxes: np.ndarray, task: str) -> np.ndarray:
+    """Label rows of a task from rows of class, centre and size."""
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) / 2
+    points = boxes[:, None, 1:3] + corners * boxes[:, None, 3:5]
+    if task == "pose":
+        visible = np.broadcast_to([[[2], [2], [2], [0]]], (len(boxes), KEYPOINTS, 1))
+        return np.concatenate([boxes, np.concatenate([points, visible], 2).reshape(len(boxes), -1)], 1)
+    return np.concatenate([boxes[:, :1], points.clip(0, 1).reshape(len(boxes), -1)], 1)

@@ -58,7 +58,8 @@ def loss_of_part(model: nn.Module, batch: dict[str, Any], images: int) -> Tensor
         batch: A batch on the model's device.
         images: How many of its images.
     """
-    part = take_part(batch, images, getattr(model.args, "overlap_mask", True))
+    arguments = getattr(model, "args", None)  # a classifier has none
+    part = take_part(batch, images, getattr(arguments, "overlap_mask", True))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices=[part["img"].device] if part["img"].is_cuda else []):
         loss, _ = functional_call(model, buffers, (part,))

@@ -1,0 +1,207 @@
+"""Short trainings with SophiaG: every task and model family, and Ultralytics' settings that change what a step sees."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from tiny_models import write_data
+from ultralytics import YOLO
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, ROOT
+from ultralytics.utils.patches import torch_load
+
+pytestmark = [pytest.mark.slow, pytest.mark.compat]
+
+MODELS = ROOT / "cfg" / "models"
+# YAML of the family, width of its smallest scale that its layers allow.
+FAMILIES = {
+    "v8 segment": ("v8/yolov8-seg.yaml", 0.0625),
+    "v8 pose": ("v8/yolov8-pose.yaml", 0.0625),
+    "v8 obb": ("v8/yolov8-obb.yaml", 0.0625),
+    "v8 classify": ("v8/yolov8-cls.yaml", 0.0625),
+    "11 detect": ("11/yolo11.yaml", 0.0625),
+    "12 detect": ("12/yolo12.yaml", 0.25),
+    "26 detect": ("26/yolo26.yaml", 0.0625),
+    "26 segment": ("26/yolo26-seg.yaml", 0.0625),
+    "26 pose": ("26/yolo26-pose.yaml", 0.0625),
+    "26 obb": ("26/yolo26-obb.yaml", 0.0625),
+}
+BASE = {"imgsz": 64, "epochs": 1, "batch": 4, "nbs": 4, "device": "cpu", "plots": False, "workers": 0, "seed": 0}
+STEPS = 4  # per epoch: 16 images in batches of 4
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data, tmp_path_factory) -> Callable[[str], str]:
+    """What `data=` takes for a task."""
+    made = {"detect": tiny_data}
+
+    def of(task: str) -> str:
+        if task not in made:
+            made[task] = write_data(tiny_data, task, tmp_path_factory.mktemp("tasks") / task)
+        return str(made[task])
+
+    return of
+
+
+def tiny(path: Path, width: float, folder: Path) -> Path:
+    """A model's YAML with its smallest scale made smaller."""
+    if not path.is_file():
+        pytest.skip(f"no {path.name} in this Ultralytics")
+    content = yaml.safe_load(path.read_text())
+    content |= {"scales": {"n": [0.33, width, 256]}}
+    name = path.name.replace("yolov8", "yolov8n").replace("yolo11", "yolo11n")
+    target = folder / name.replace("yolo12", "yolo12n").replace("yolo26", "yolo26n")
+    target.write_text(yaml.safe_dump(content))
+    return target
+
+
+@pytest.fixture
+def train(tmp_path) -> Callable[..., SimpleNamespace]:
+    """Train with SophiaG, refreshing h at every second step; gives the trainer and what it logged."""
+
+    def run(model, data, **settings) -> SimpleNamespace:
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())
+        LOGGER.addHandler(handler)
+        model = model if isinstance(model, YOLO) else YOLO(model)
+        arguments = BASE | {"optimizer": "SophiaG", "hessian_interval": 2, "project": str(tmp_path / "runs")} | settings
+        try:
+            model.train(data=data, **arguments)
+        finally:
+            LOGGER.removeHandler(handler)
+        return SimpleNamespace(trainer=model.trainer, log="\n".join(lines), model=model)
+
+    return run
+
+
+def assert_curved(trainer, steps: int | None = STEPS) -> None:
+    """Every parameter that was trained has a curvature, made as often as was asked for."""
+    optimizer = trainer.optimizer
+    clock = optimizer.param_groups[0]
+    if steps is not None:
+        assert clock["hessian_updates"] == (steps + 1) // 2
+    assert clock["hessian_updates"] >= 1 and clock["hessian_dropped"] == 0
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    for p, state in optimizer.state.items():
+        h = state["hessian"]
+        assert h.isfinite().all() and (h >= 0).all(), names[id(p)]
+        assert h.any() or not state["exp_avg"].any(), f"{names[id(p)]} is trained without curvature"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_task_and_family(name, data, train, tmp_path):
+    path, width = FAMILIES[name]
+    task = name.split()[1]
+    run = train(tiny(MODELS / path, width, tmp_path), data(task))
+    assert_curved(run.trainer)
+    assert "is not known here" not in run.log
+    checkpoint = torch_load(run.trainer.last, map_location="cpu")
+    assert checkpoint["train_args"]["optimizer"] == "SophiaG"
+
+
+def test_rtdetr_says_that_its_likelihood_is_not_known(data, train, tmp_path):
+    from ultralytics import RTDETR
+
+    layout = yaml.safe_load((MODELS / "v8/yolov8-rtdetr.yaml").read_text())
+    layout |= {"scales": {"n": [0.33, 0.0625, 256]}}
+    layout["head"][-1][-1] = ["nc", 16, 8, 2, 2, 2]  # hidden size, queries, points, heads, layers
+    path = tmp_path / "yolov8n-rtdetr.yaml"
+    path.write_text(yaml.safe_dump(layout))
+    run = train(RTDETR(path), data("detect"), deterministic=False)
+    assert_curved(run.trainer)
+    (line,) = [line for line in run.log.splitlines() if "is not known here" in line]
+    assert "RTDETRDetectionLoss" in line and "docs/TASKS.md" in line
+
+
+SETTINGS = {
+    "multi_scale": {"multi_scale": 0.5 if isinstance(DEFAULT_CFG_DICT["multi_scale"], float) else True},
+    "rect": {"rect": True},
+    "mosaic closing": {"close_mosaic": 1, "epochs": 2},
+    "class weights": {"cls_pw": 0.5},
+    "single_cls": {"single_cls": True},
+    "fraction": {"fraction": 0.5, "epochs": 2},
+    "freeze": {"freeze": 10},
+    "frozen head": {"freeze": [22]},
+    "AutoBatch": {"batch": -1},
+    "time": {"time": 1e-9},
+    "early stopping": {"epochs": 9, "patience": 1},
+    "whole batch": {"hessian_fraction": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_setting(name, data, train, tiny_model):
+    settings = SETTINGS[name]
+    if missing := set(settings) - set(DEFAULT_CFG_DICT) - {"hessian_fraction"}:
+        pytest.skip(f"no {missing} in this Ultralytics")
+    model = YOLO(tiny_model)
+    if name == "early stopping":  # as if an earlier epoch had been perfect
+        model.add_callback("on_train_start", lambda trainer: setattr(trainer.stopper, "best_fitness", 1.0))
+    trainer = train(model, data("detect"), **settings).trainer
+    steps = {"time": 1, "mosaic closing": 2 * STEPS, "early stopping": None, "AutoBatch": 1}
+    assert_curved(trainer, steps.get(name, STEPS))
+    if name == "early stopping":
+        assert trainer.epoch < 8
+    if name == "class weights":
+        assert trainer.model.class_weights.unique().numel() > 1
+
+
+def test_distillation(data, train, tmp_path):
+    if "distill_model" not in DEFAULT_CFG_DICT:
+        pytest.skip("no distillation in this Ultralytics")
+    path = tiny(MODELS / "26/yolo26.yaml", 0.0625, tmp_path)
+    teacher = train(path, data("detect"), fraction=0.25).trainer.last
+    run = train(path, data("detect"), distill_model=str(teacher))
+    assert_curved(run.trainer)
+    projector = [p for name, p in run.trainer.model.named_parameters() if "projector" in name]
+    assert projector and all(run.trainer.optimizer.state[p]["hessian"].any() for p in projector)
+
+
+def test_several_data_sets(data, tiny_model, tmp_path, tiny_data):
+    from ultralytics.engine import trainer
+
+    if not hasattr(trainer, "train_multi") and "list" not in str(YOLO.train.__doc__):
+        pytest.skip("no training on several data sets in this Ultralytics")
+    other = tmp_path / "other.yaml"
+    other.write_text(Path(tiny_data).read_text())
+    model = YOLO(tiny_model)
+    settings = BASE | {"optimizer": "SophiaG", "fraction": 0.25, "project": str(tmp_path / "runs")}
+    model.train(data=[str(tiny_data), str(other)], **settings)
+    found = sorted((tmp_path / "runs").rglob("results.csv"))
+    assert len(found) == 2 and all("sophia/rho" in path.read_text() for path in found)
+
+
+def test_tune(data, tiny_model, tmp_path):
+    settings = BASE | {"optimizer": "SophiaG", "fraction": 0.25, "project": str(tmp_path / "runs")}
+    YOLO(tiny_model).tune(data=data("detect"), iterations=1, **settings)
+    (found,) = (tmp_path / "runs").rglob("results.csv")
+    assert "sophia/rho" in found.read_text()
+
+
+def test_resume_of_two_heads(data, train, tmp_path):
+    """A resumed run goes on with the curvature, the clock and the weights of the heads."""
+    path = tiny(MODELS / "26/yolo26.yaml", 0.0625, tmp_path)
+    model = YOLO(path)
+
+    def stop(trainer):
+        trainer.stop = trainer.epoch == 0
+
+    model.add_callback("on_train_epoch_end", stop)
+    model.add_callback("on_model_save", lambda trainer: kept.append(trainer.last.read_bytes()))
+    kept: list[bytes] = []
+    train(model, data("detect"), epochs=2)
+    last = tmp_path / "last.pt"
+    last.write_bytes(kept[0])  # the finished run's own is stripped
+    saved = torch_load(last, map_location="cpu")["optimizer"]
+    assert saved["param_groups"][0]["hessian_updates"] == STEPS // 2
+    resumed = YOLO(last)
+    resumed.train(resume=True)
+    trainer = resumed.trainer
+    assert_curved(trainer, 2 * STEPS)
+    assert trainer.epoch == 1 and trainer.model.criterion.o2m == pytest.approx(0.1)
