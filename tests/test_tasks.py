@@ -8,10 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from tiny_models import write_data
 from ultralytics import YOLO
+from ultralytics.engine import trainer as engine
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, ROOT
 from ultralytics.utils.patches import torch_load
 
@@ -163,16 +164,12 @@ def test_distillation(data, train, tmp_path):
     assert projector and all(run.trainer.optimizer.state[p]["hessian"].any() for p in projector)
 
 
-def test_several_data_sets(data, tiny_model, tmp_path, tiny_data):
-    from ultralytics.engine import trainer
-
-    if not hasattr(trainer, "train_multi") and "list" not in str(YOLO.train.__doc__):
-        pytest.skip("no training on several data sets in this Ultralytics")
+@pytest.mark.skipif(not hasattr(engine, "MultiTrainer"), reason="this Ultralytics trains on one data set")
+def test_several_data_sets(tiny_data, tiny_model, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(Path(tiny_data).read_text())
-    model = YOLO(tiny_model)
     settings = BASE | {"optimizer": "SophiaG", "fraction": 0.25, "project": str(tmp_path / "runs")}
-    model.train(data=[str(tiny_data), str(other)], **settings)
+    YOLO(tiny_model).train(data=[str(tiny_data), str(other)], trainer=DetectionTrainer, **settings)
     found = sorted((tmp_path / "runs").rglob("results.csv"))
     assert len(found) == 2 and all("sophia/rho" in path.read_text() for path in found)
 
