@@ -134,6 +134,20 @@ def test_the_averages_are_those_of_the_optimizer():
     assert AVERAGES == ("element", *HESSIAN_AVERAGES)
 
 
+@pytest.mark.parametrize("typed", [{}, {"hessian_estimator": "hutchinson"}], ids=["implied", "typed"])
+def test_sophia_h_implies_hutchinson(typed):
+    args = settled(optimizer="sophiah", **typed)
+    assert (args["optimizer"], args["hessian_estimator"]) == ("SophiaH", "hutchinson")
+    assert resolve(args, ()).sources["hessian_estimator"] == "optimizer"
+    assert again(args) == args
+
+
+@pytest.mark.parametrize(("optimizer", "estimator"), [("SophiaH", "gnb"), ("SophiaG", "hutchinson")])
+def test_estimators_of_the_other_optimizer_are_refused(optimizer, estimator):
+    with pytest.raises(ValueError, match=f"hessian_estimator={estimator} does not go with optimizer={optimizer}"):
+        settled(optimizer=optimizer, hessian_estimator=estimator)
+
+
 def test_lr0_typed_and_untyped():
     assert DEFAULT_CFG_DICT["lr0"] == 0.01
     assert settled()["lr0"] == DETECT["lr0"] != 0.01
@@ -493,7 +507,7 @@ VALUES = {  # a value in the settings -> what the message says
     "hessian_fraction: 0": "'hessian_fraction=0.0' is an invalid value; 'hessian_fraction' must be a number in (0, 1].",
     "hessian_interval: 2.5": "'hessian_interval=2.5' is of invalid type float",
     "hessian_interval: '5'": "'hessian_interval=5' is of invalid type str",
-    "hessian_estimator: gnbb": "'hessian_estimator' must be gnb, empirical_fisher or sign. Did you mean 'gnb'?",
+    "hessian_estimator: gnbb": "must be gnb, empirical_fisher, sign or hutchinson. Did you mean 'gnb'?",
     "hessian_estimator: 1": "'hessian_estimator=1' is of invalid type int",
 }
 MALFORMED |= {f"{HEAD}{{{entry}}}\n": says for entry, says in ENTRIES.items()}
@@ -580,7 +594,7 @@ def one_exception(error: BaseException) -> bool:
 
 REFUSED = {  # typed -> the exception and what it says
     "optimizer=SofiaG": (ValueError, "optimizer='SofiaG' is not an optimizer of yolo-sophia. Did you mean 'SophiaG'?"),
-    "optimizer=Sophia": (ValueError, "Did you mean 'SophiaG'? Valid names: ['SophiaG']."),
+    "optimizer=Sophia": (ValueError, "Did you mean 'SophiaG'? Valid names: ['SophiaG', 'SophiaH']."),
     "optimizer=sophia_x.y": (ValueError, "cannot import sophia_x"),
     "optimizer=SophiaG optimizer_args={'a':1}": (
         ValueError,
@@ -606,8 +620,8 @@ REFUSED = {  # typed -> the exception and what it says
     "optimizer=SophiaG warmup_epochs=-1": (ValueError, "'warmup_epochs' must be a number >= 0."),
     "optimizer=SophiaG hessian_estimator=gbn": (
         ValueError,
-        "'hessian_estimator=gbn' is an invalid value; 'hessian_estimator' must be gnb, empirical_fisher or sign. "
-        "Did you mean 'gnb'?",
+        "'hessian_estimator=gbn' is an invalid value; 'hessian_estimator' must be gnb, empirical_fisher, sign or "
+        "hutchinson. Did you mean 'gnb'?",
     ),
     "optimizer=SophiaG hessian_estimator=3": (TypeError, "'hessian_estimator=3' is of invalid type int"),
     "optimizer=SophiaG rhoo=1": (SyntaxError, "'rhoo' is not a valid YOLO argument. Similar arguments are i.e. ['rho="),

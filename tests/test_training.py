@@ -20,8 +20,9 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import torch_load
 
+from yolo_sophia.curvature import Hutchinson
 from yolo_sophia.integration import monitor, training
-from yolo_sophia.optim import SophiaG
+from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.presets import load_preset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -323,6 +324,28 @@ def test_momentum_of_batchnorm_is_set_where_it_is_asked_for(sophia, train):
 
     assert momenta(train(bn_momentum=0.2)) == {0.2}
     assert momenta(sophia) == {DETECT.get("bn_momentum", 0.03)}
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_sophia_h_differentiates_the_loss_twice(train, monkeypatch, fraction):
+    made, estimate = [], Hutchinson.__call__
+
+    def recording(self, loss, params, generator):
+        estimates = estimate(self, loss, params, generator)
+        made.append((loss.detach(), [e if e is None else e.clone() for e in estimates]))
+        return estimates
+
+    monkeypatch.setattr(Hutchinson, "__call__", recording)
+    run = train(optimizer="sophiah", batch=8, nbs=8, hessian_interval=1, hessian_fraction=fraction, beta2=0.5)
+    assert "SophiaH:" in run.log and "hessian_estimator=hutchinson (optimizer)" in run.log
+    assert type(run.trainer.optimizer) is SophiaH and run.clock["hessian_updates"] == len(made) == 2
+    assert run.clock["hessian_dropped"] == 0 and all(loss.dim() == 0 for loss, _ in made)
+    expected = [e * 0.5 / fraction for e in made[0][1] if e is not None]  # of 8 images from 8 or 4, b2 = 0.5
+    for h, e in zip(run.hessians[0], expected):
+        torch.testing.assert_close(h, e)
+    h = torch.cat([h.flatten() for h in run.hessians[-1]])
+    assert h.isfinite().all() and 0.05 < float((h < 0).float().mean()) < 0.95
+    assert run.rows[0]["sophia/clip_fraction"] >= float((h < 0).float().mean()) / 2  # a negative h counts as clipped
 
 
 def test_frozen_layers(train):

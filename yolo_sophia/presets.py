@@ -38,10 +38,14 @@ class Knob:
     words: tuple[str, ...] = ()
 
 
+HUTCHINSON = "hutchinson"
+"""The estimator of optimizer=SophiaH, and of no other: its estimates can be negative."""
+
+
 def _estimator_names() -> tuple[str, ...]:
     from yolo_sophia.curvature import ESTIMATORS  # imports torch: only when a value is judged
 
-    return tuple(ESTIMATORS)
+    return (*ESTIMATORS, HUTCHINSON)
 
 
 AVERAGES = ("element", "kernel", "row")
@@ -54,7 +58,9 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
         "hessian_interval": Knob(10, int, lambda v: v >= 1, "a whole number >= 1"),
         "hessian_warmup": Knob(0, int, lambda v: v >= 0, "a whole number >= 0"),
         "hessian_fraction": Knob(1.0, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
-        "hessian_estimator": Knob("gnb", str, lambda v: v in _estimator_names(), "gnb, empirical_fisher or sign"),
+        "hessian_estimator": Knob(
+            "gnb", str, lambda v: v in _estimator_names(), "gnb, empirical_fisher, sign or hutchinson"
+        ),
         "hessian_average": Knob("element", str, lambda v: v in AVERAGES, f"one of {', '.join(AVERAGES)}"),
         "bn_momentum": Knob(0.03, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "beta2": Knob(0.99, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),

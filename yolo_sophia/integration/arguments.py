@@ -14,9 +14,18 @@ from types import SimpleNamespace
 from typing import Any
 
 from yolo_sophia.integration import dotted
-from yolo_sophia.presets import BORROWED, DEFAULT_PRESET, KNOBS, Preset, check_value, load_preset, suggestion
+from yolo_sophia.presets import (
+    BORROWED,
+    DEFAULT_PRESET,
+    HUTCHINSON,
+    KNOBS,
+    Preset,
+    check_value,
+    load_preset,
+    suggestion,
+)
 
-OPTIMIZERS = ("SophiaG",)
+OPTIMIZERS = ("SophiaG", "SophiaH")
 """Names that `optimizer=` takes, in any case."""
 
 THEIRS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSProp", "auto")
@@ -53,8 +62,9 @@ def canonical_optimizer(name: object) -> str | None:
     lower = str(name).lower()
     if lower in by_lower:
         return by_lower[lower]
-    if "soph" in lower or (hint := suggestion(lower, by_lower.values())):
-        hint = suggestion(lower, by_lower.values()) if "soph" in lower else hint
+    started = [x for x in OPTIMIZERS if x.lower().startswith(lower)]  # the first is meant, as likely as not
+    hint = suggestion(lower, started[:1] or OPTIMIZERS)
+    if "soph" in lower or hint:
         raise ValueError(
             f"optimizer={name!r} is not an optimizer of yolo-sophia.{hint} Valid names: {list(OPTIMIZERS)}."
         )
@@ -67,7 +77,7 @@ class Resolved:
 
     Attributes:
         values: Arguments to set: the knobs, the borrowed arguments that were decided here, and the markers.
-        sources: Per argument "typed", "preset" or "default".
+        sources: Per argument "typed", "preset", "default" or "optimizer".
         preset: The preset.
     """
 
@@ -86,12 +96,12 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
     """Decide every setting of a run that asked for Sophia.
 
     Args:
-        arguments: All arguments of the run, defaults included.
+        arguments: All arguments of the run, defaults included; `optimizer` is one of `OPTIMIZERS`.
         typed: Keys that the user typed. Ignored where the run that the user started has recorded them.
 
     Raises:
         TypeError: A value is of the wrong kind.
-        ValueError: A value is out of range, or the preset is unknown or malformed.
+        ValueError: A value is out of range or belongs to another optimizer, or the preset is unknown or malformed.
     """
     name = str(DEFAULT_PRESET if arguments.get("sophia") is None else arguments["sophia"])
     recorded, _, keys = str(arguments.get(MARKER) or "").rpartition(":")
@@ -102,11 +112,16 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
     typed = {key for key in typed if key in KNOBS or key in BORROWED}
     if "clip_fraction" in typed and "rho" not in typed:  # asks for steering, whatever rho the preset has
         arguments, typed = {**arguments, "rho": "auto"}, {*typed, "rho"}
+    optimizer = canonical_optimizer(arguments.get("optimizer")) or OPTIMIZERS[0]
+    implied = {"hessian_estimator": HUTCHINSON} if optimizer == "SophiaH" else {}
+    typed -= {key for key, value in implied.items() if arguments.get(key) == value}  # as a child finds it
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for key, knob in {**KNOBS, **BORROWED}.items():
         if key in typed:
             source, value = "typed", arguments[key]
+        elif key in implied:
+            source, value = "optimizer", implied[key]
         elif key in preset.settings:
             source, value = "preset", preset.settings[key]
         elif key in KNOBS:
@@ -118,6 +133,11 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
     if values["rho"] != "auto" and "clip_fraction" in typed:
         raise ValueError(
             f"clip_fraction={values['clip_fraction']} belongs to rho=auto, found rho={values['rho']}: remove one."
+        )
+    if (values["hessian_estimator"] == HUTCHINSON) != (optimizer == "SophiaH"):
+        raise ValueError(
+            f"hessian_estimator={values['hessian_estimator']} does not go with optimizer={optimizer}: {HUTCHINSON} "
+            "belongs to SophiaH, which has no other. Remove it, or change the optimizer."
         )
     values |= {"sophia": preset.name, MARKER: f"{preset.name}:{','.join(sorted(typed))}"}
     return Resolved(values, sources, preset)

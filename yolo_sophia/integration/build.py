@@ -10,19 +10,20 @@ import torch
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, RANK, colorstr
 
-from yolo_sophia.curvature import ESTIMATORS
-from yolo_sophia.integration.arguments import KEEP_FLOAT32, resolve
+from yolo_sophia.curvature import ESTIMATORS, Hutchinson
+from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer, resolve
 from yolo_sophia.integration.dotted import build_dotted
 from yolo_sophia.integration.heads import tap_for
 from yolo_sophia.integration.training import Session, unwrap
-from yolo_sophia.optim import SophiaG
+from yolo_sophia.optim import SophiaG, SophiaH
+from yolo_sophia.optim.base import SophiaBase
 
 CLOCK = {"hessian_age": None, "refresh_index": 0, "hessian_updates": 0, "hessian_dropped": 0}
 """Kept in every parameter group, hence in checkpoints: optimizer steps since h was last updated (None: never),
 estimates drawn (the seed of the next one's noise), committed, and dropped for not being finite."""
 
 
-def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> SophiaG:
+def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> SophiaBase:
     """Build the optimizer for a trainer and bind the Hessian updates to its loop.
 
     Args:
@@ -31,20 +32,19 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         call: Arguments of the call to it.
 
     Raises:
+        NotImplementedError: SophiaH is asked for where a loss cannot be differentiated twice.
         RuntimeError: Ultralytics changed the form of the model's loss.
     """
     previous = vars(trainer).pop("_sophia", None)
     if previous is not None:  # an out-of-memory restart of Ultralytics < 8.4 builds its optimizer again
         previous.detach()
-    model = unwrap(trainer.model)
-    tap = tap_for(model, model.init_criterion())
+    name = canonical_optimizer(call["name"])
     # A trainer class may ask for SophiaG by itself: then nothing is settled yet, and the preset decides.
-    resolved = resolve(vars(trainer.args), ())
+    resolved = resolve({**vars(trainer.args), "optimizer": name}, ())
     knobs = resolved.values
     schedule = {key: knobs[key] for key in ("hessian_interval", "hessian_warmup", "hessian_fraction")}
-    groups = parameter_groups(original, call, "SophiaG", **schedule, **CLOCK)
-    optimizer = SophiaG(
-        groups,
+    groups = parameter_groups(original, call, name, **schedule, **CLOCK)
+    settings = dict(
         lr=call["lr"],
         betas=(call["momentum"], knobs["beta2"]),
         rho=knobs["rho"],
@@ -54,18 +54,53 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         hessian_average=None if knobs["hessian_average"] == "element" else knobs["hessian_average"],
     )
     if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves
-        for module in model.modules():
+        for module in unwrap(trainer.model).modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.momentum = knobs["bn_momentum"]
-    trainer._sophia = Session(trainer, optimizer, ESTIMATORS[knobs["hessian_estimator"]]())
     if RANK in {-1, 0}:
-        LOGGER.info(f"{colorstr('SophiaG:')} {resolved.describe()}")
-        if not tap.known:
-            LOGGER.info(
-                f"{colorstr('SophiaG:')} the likelihood of {type(tap.criterion).__name__} is not known here: the "
-                "curvature is estimated from signed gradients of the model's outputs (docs/TASKS.md), so tune rho"
-            )
+        LOGGER.info(f"{colorstr(f'{name}:')} {resolved.describe()}")
+    if name == "SophiaH":
+        refuse_once_differentiable(trainer)
+        optimizer: SophiaBase = SophiaH(groups, **settings, k=None)
+        trainer._sophia = Session(trainer, optimizer, Hutchinson())
+    else:
+        report_unknown(trainer)
+        optimizer = SophiaG(groups, **settings)
+        trainer._sophia = Session(trainer, optimizer, ESTIMATORS[knobs["hessian_estimator"]]())
     return optimizer
+
+
+def refuse_once_differentiable(trainer: BaseTrainer) -> None:
+    """Refuse SophiaH where the loss has no second derivative, or one that float16 cannot hold.
+
+    Raises:
+        NotImplementedError: It is so; the message says what to change.
+    """
+    found = {
+        "automatic mixed precision in float16": (trainer.scaler.is_enabled(), "amp=False"),
+        "several devices (DistributedDataParallel)": (RANK != -1, "one device"),
+        "torch.compile": (hasattr(trainer.model, "_orig_mod"), "compile=False"),
+    }
+    if reasons := {reason: remedy for reason, (is_so, remedy) in found.items() if is_so}:
+        raise NotImplementedError(
+            f"optimizer=SophiaH differentiates the loss twice, which does not work with {' and '.join(reasons)}. "
+            f"Train with {', '.join(reasons.values())}, or use optimizer=SophiaG."
+        )
+
+
+def report_unknown(trainer: BaseTrainer) -> None:
+    """Say so where a model's loss is not known as a likelihood.
+
+    Raises:
+        RuntimeError: It is known, but Ultralytics changed its form.
+    """
+    model = unwrap(trainer.model)
+    tap = tap_for(model, model.init_criterion())
+    if not tap.known and RANK in {-1, 0}:
+        LOGGER.info(
+            f"{colorstr('SophiaG:')} the likelihood of {type(tap.criterion).__name__} is not known here: the "
+            "curvature is estimated from signed gradients of the model's outputs (docs/TASKS.md), so tune rho"
+        )
 
 
 def build_other(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> torch.optim.Optimizer:

@@ -10,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from yolo_sophia.optim import SophiaG
-from yolo_sophia.optim.base import bias_correction_factor
+from yolo_sophia.optim.base import SophiaBase, bias_correction_factor
 
 SAMPLED = ("clip_fraction", "grad_norm", "momentum_norm", "hessian_norm", "update_norm")
 SAMPLE_EVERY = 10
@@ -26,7 +25,7 @@ class Monitor:
         optimizer: Its groups hold the counters of `build.CLOCK`.
     """
 
-    def __init__(self, optimizer: SophiaG):
+    def __init__(self, optimizer: SophiaBase):
         self.optimizer = optimizer
         self.reset()
 
@@ -63,7 +62,8 @@ class Monitor:
                     state["hessian"].float(),
                     bias_correction_factor(group, state),
                 )
-                update = (h * (group["rho"] / correction)).add_(group["eps"])
+                update = h * (group["rho"] / correction)
+                update = update.clamp_(min=group["eps"]) if self.optimizer.floor else update.add_(group["eps"])
                 torch.div(m, update, out=update).clamp_(-1, 1)
                 norms.append(torch.stack([m.norm(), h.norm() / correction, update.norm() * float(group["lr"])]))
                 clipped.append(update.abs_().floor_().sum())  # 1 where it is clipped, else 0

@@ -22,12 +22,12 @@ from torch import Tensor
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, RANK
 
-from yolo_sophia.curvature import Estimator
+from yolo_sophia.curvature import Estimator, Hutchinson
 from yolo_sophia.curvature.noise import noise_seed
 from yolo_sophia.integration.heads import Tap, tap_for
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.part import images_in_part, loss_of_part
-from yolo_sophia.optim import SophiaG
+from yolo_sophia.optim.base import SophiaBase
 
 
 def unwrap(model: torch.nn.Module) -> Any:
@@ -47,13 +47,14 @@ class Session:
             wrapped on the instance.
         optimizer: The trainer's optimizer, with the keys of `build.CLOCK`, `hessian_interval`, `hessian_warmup` and
             `hessian_fraction` in its groups.
-        estimator: What makes the estimates.
+        estimator: What makes the estimates: from loss terms, or (Hutchinson's) from the loss itself.
     """
 
-    def __init__(self, trainer: BaseTrainer, optimizer: SophiaG, estimator: Estimator):
+    def __init__(self, trainer: BaseTrainer, optimizer: SophiaBase, estimator: Estimator | Hutchinson):
         self.trainer, self.optimizer, self.estimator = trainer, optimizer, estimator
         self.monitor = Monitor(optimizer)
         self.tap: Tap | None = None
+        self.listening = False  # whether the pass that is under way gives an estimate
         self.staged: list[Tensor | None] | None = None
         self.staged_images = self.window_images = self.batch_images = 0
         self._bound: list[tuple[Any, str]] = []
@@ -80,6 +81,9 @@ class Session:
             vars(owner).pop(name, None)
         for hook in self._hooks:
             hook.remove()
+        self._disarm()
+
+    def _disarm(self) -> None:
         if self.tap is not None:
             self.tap.disarm()
 
@@ -104,6 +108,7 @@ class Session:
     def _preprocess_batch(self, original: Callable, batch: dict[str, Any]) -> dict[str, Any]:
         """Before the forward pass: estimate on a part of this micro-batch, or listen to the criterion, if it is due."""
         batch = original(batch)
+        self.listening = False
         self.batch_images = batch["img"].shape[0]
         # Gradients are what a window is made of: where there are none, whoever cleared them, a new window begins.
         if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
@@ -117,12 +122,15 @@ class Session:
                 try:
                     self._stage(loss_of_part(model, batch, self.staged_images))
                 finally:
-                    self.tap.disarm()
+                    self._disarm()
             self.monitor.refresh_seconds += time.perf_counter() - start
         return batch
 
     def _listen(self, model: Any, batch: dict[str, Any]) -> None:
-        """Arm the tap on the model's loss for the next forward pass."""
+        """The next forward pass gives an estimate: arm the tap on the model's loss, where it takes loss terms."""
+        self.listening = True
+        if isinstance(self.estimator, Hutchinson):
+            return
         # As BaseModel.loss does at its first call; but a YOLOE with visual prompts chooses its criterion there.
         if getattr(model, "criterion", None) is None and batch.get("visuals") is None:
             model.criterion = model.init_criterion()
@@ -134,7 +142,7 @@ class Session:
     def _scale(self, original: Callable, loss: Any) -> Any:
         """Between forward and backward pass, outside autocast: estimate through the graph that is there."""
         self.window_images += self.batch_images
-        if self.tap is not None and self.tap.armed:
+        if self.listening:
             start = time.perf_counter()
             self._stage(loss)
             self.monitor.refresh_seconds += time.perf_counter() - start
@@ -142,18 +150,20 @@ class Session:
 
     def _stage(self, loss: Tensor) -> None:
         """Keep an estimate from the pass that was listened to, which gave this loss."""
-        index = self.clock["refresh_index"]
+        self.listening, index = False, self.clock["refresh_index"]
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         params = [p for p in everything if p.requires_grad]
         if loss.detach().isfinite().all():
-            terms = self.tap.terms()
-            generator = torch.Generator(terms[0].output.device)
+            generator = torch.Generator(loss.device)
             generator.manual_seed(noise_seed(self.trainer.args.seed, max(RANK, 0), index))
-            scaler = self.trainer.scaler
-            scale = scaler.get_scale() if scaler.is_enabled() else 1.0
-            estimates = iter(self.estimator(terms, params, generator, scale))
+            if isinstance(self.estimator, Hutchinson):
+                estimates = iter(self.estimator(loss, params, generator))
+            else:
+                scaler = self.trainer.scaler
+                scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+                estimates = iter(self.estimator(self.tap.terms(), params, generator, scale))
         else:  # nothing can be sampled from NaN; staged all the same, so that all ranks reduce and drop it together
-            self.tap.disarm()
+            self._disarm()
             estimates = (torch.full_like(p, torch.nan) for p in params)
         # No path from the terms (no foreground: the box branch) means that the curvature is 0, not that it is unknown.
         self.staged = [_or_zeros(next(estimates), p) if p.requires_grad else None for p in everything]
@@ -193,7 +203,8 @@ class Session:
             else:
                 self._tick(hessian_dropped=self.clock["hessian_dropped"] + 1)
                 LOGGER.warning(
-                    f"SophiaG: dropped a Hessian estimate that is not finite ({self.clock['hessian_dropped']} so far)"
+                    f"{type(self.optimizer).__name__}: dropped a Hessian estimate that is not finite "
+                    f"({self.clock['hessian_dropped']} so far)"
                 )
             self.monitor.refresh_seconds += time.perf_counter() - start
         self.monitor.before_step()

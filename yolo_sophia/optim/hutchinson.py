@@ -37,7 +37,7 @@ class SophiaH(RefreshingSophia):
             "auto" steers it to `clip_fraction`, see `optim/steering.py`.
         weight_decay: Decoupled weight decay, >= 0; a step multiplies the parameters by 1 - lr * weight_decay.
         eps: Smallest value of the denominator, > 0.
-        k: Steps per refresh, >= 1; the first step makes one.
+        k: Steps per refresh, >= 1; the first step makes one. None: h moves only when told to.
         probes: Hessian-vector products per estimate, >= 1.
         seed: Seed of the signs, >= 0.
         bias_correction: Divide h by 1 - b2^t after t refreshes, as Adam does.
@@ -62,7 +62,7 @@ class SophiaH(RefreshingSophia):
         weight_decay: float = 1e-1,
         *,
         eps: float = 1e-12,
-        k: int = 10,
+        k: int | None = 10,
         probes: int = 1,
         seed: int = 0,
         bias_correction: bool = False,

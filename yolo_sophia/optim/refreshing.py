@@ -22,8 +22,8 @@ from yolo_sophia.optim.base import SophiaBase, evaluated, require
 class RefreshingSophia(SophiaBase):
     """Refreshes h at the first step and at every k-th after it; subclasses estimate.
 
-    Every parameter group holds `k`, `seed`, `refreshes` (estimates made) and `hessian_age` (steps since h was last
-    updated, None: never); the first group's are used.
+    Every parameter group holds `k` (None: no refresh but from outside), `seed`, `refreshes` (estimates made) and
+    `hessian_age` (steps since h was last updated, None: never); the first group's are used.
     """
 
     needs_loss: bool = False
@@ -44,7 +44,7 @@ class RefreshingSophia(SophiaBase):
         for key, least in (("k", 1), ("seed", 0)):
             value = group[key]
             valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            require(valid, group, key, f"a whole number >= {least}")
+            require(valid or (key == "k" and value is None), group, key, f"a whole number >= {least}")
 
     def _estimates(self, params: Sequence[Tensor], loss: Tensor | None) -> Iterable[Tensor | None]:
         """One estimate or None for each parameter; gradients are enabled, global random states seeded."""
@@ -57,8 +57,8 @@ class RefreshingSophia(SophiaBase):
     @property
     def refresh_due(self) -> bool:
         """Whether the next step refreshes h."""
-        clock = self.param_groups[0]
-        return clock["hessian_age"] is None or clock["hessian_age"] >= clock["k"]
+        k, age = (self.param_groups[0][key] for key in ("k", "hessian_age"))
+        return k is not None and (age is None or age >= k)
 
     def update_hessian(self, estimates: Iterable[Tensor | None]) -> None:
         """Move h towards an estimate from elsewhere, as in the base class; the next k steps make none."""
@@ -112,7 +112,8 @@ class RefreshingSophia(SophiaBase):
         if due:
             self.refresh(loss)
         self._move_parameters()
-        self._tick(hessian_age=self.param_groups[0]["hessian_age"] + 1)
+        if self.param_groups[0]["k"] is not None:
+            self._tick(hessian_age=self.param_groups[0]["hessian_age"] + 1)
         return loss
 
 
