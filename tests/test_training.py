@@ -323,7 +323,8 @@ def test_momentum_of_batchnorm_is_set_where_it_is_asked_for(sophia, train):
         return {m.momentum for m in run.trainer.model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
 
     assert momenta(train(bn_momentum=0.2)) == {0.2}
-    assert momenta(sophia) == {DETECT.get("bn_momentum", 0.03)}
+    assert momenta(sophia) == {DETECT["bn_momentum"]}
+    assert momenta(train(optimizer="torch.optim.AdamW", bn_momentum=0.2)) == {0.2}
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])

@@ -230,13 +230,17 @@ def settle(args: Any, overrides: dict[str, Any] | None) -> None:
     name = canonical_optimizer(args.optimizer)
     typed = typed_keys(overrides or {})
     if name is None:
-        theirs = {dotted.ARGUMENTS} if dotted.is_dotted(args.optimizer) else set()
+        theirs = set(dotted.OWN) if dotted.is_dotted(args.optimizer) else set()
         if not drop_record(vars(args)) and not args.resume:
             refuse_for_others(typed - theirs, args.optimizer)
         for key in set(OUR_KEYS) - theirs:
             vars(args).pop(key, None)
         if theirs and not args.resume:  # a resumed run has its own final arguments
             dotted.settle_dotted(args, typed)
+            if "bn_momentum" in typed:
+                check_value("bn_momentum", args.bn_momentum)
+            else:
+                vars(args).pop("bn_momentum", None)
         return
     if dotted.ARGUMENTS in typed:
         raise ValueError(

@@ -54,9 +54,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         hessian_average=None if knobs["hessian_average"] == "element" else knobs["hessian_average"],
     )
     if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves
-        for module in unwrap(trainer.model).modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.momentum = knobs["bn_momentum"]
+        set_bn_momentum(trainer.model, knobs["bn_momentum"])
     if RANK in {-1, 0}:
         LOGGER.info(f"{colorstr(f'{name}:')} {resolved.describe()}")
     if name == "SophiaH":
@@ -68,6 +66,13 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         optimizer = SophiaG(groups, **settings)
         trainer._sophia = Session(trainer, optimizer, ESTIMATORS[knobs["hessian_estimator"]]())
     return optimizer
+
+
+def set_bn_momentum(model: torch.nn.Module, momentum: float) -> None:
+    """Set the momentum of all BatchNorm layers: their running statistics remember about 1 / momentum steps."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
 
 
 def refuse_once_differentiable(trainer: BaseTrainer) -> None:
@@ -105,6 +110,8 @@ def report_unknown(trainer: BaseTrainer) -> None:
 
 def build_other(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> torch.optim.Optimizer:
     """Build an optimizer given by a dotted path; arguments as in `build_sophia`."""
+    if getattr(trainer.args, "bn_momentum", None) is not None:
+        set_bn_momentum(trainer.model, trainer.args.bn_momentum)
     return build_dotted(trainer, parameter_groups(original, call, call["name"]), call)
 
 

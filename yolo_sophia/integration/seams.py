@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from yolo_sophia.integration import arguments
-from yolo_sophia.integration.dotted import ARGUMENTS, is_dotted
+from yolo_sophia.integration.dotted import OWN, is_dotted
 
 SUPPORTED = "ultralytics>=8.3,<9"
 _SUPPORTED_MAJOR_MINOR = ((8, 3), (9, 0))  # from, below
@@ -200,7 +200,7 @@ def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:
         def wrapper(self, args, *rest, **kwargs):
             asked = args.get("optimizer", "auto")
             name = arguments.canonical_optimizer(asked)
-            theirs = {ARGUMENTS} if is_dotted(asked) else set()
+            theirs = set(OWN) if is_dotted(asked) else set()
             if name is None:
                 arguments.drop_record(args)
                 typed = arguments.typed_keys(args) | set(args.get("space") or {})
