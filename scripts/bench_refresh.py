@@ -4,10 +4,11 @@ Usage: python scripts/bench_refresh.py [imgsz=160] [nbs=16] [seconds=150] [optim
        [key=value ...]     (other keys: Ultralytics arguments, Sophia's own for the second training alone)
 
 Each training is a process of its own, and only one runs at a time, for two micro-batches. Data loading is included. A
-micro-batch belongs to an optimizer step with a refresh (one in hessian_interval) or to one without, and has its place
-in it: the time of a cycle is made up of the medians of these kinds. Rows are added to `file` and read back from it:
-several short calls make one long measurement. On a machine with other work the CPU time tells more than the clock
-(OMP_NUM_THREADS=1: idle threads count as work).
+micro-batch belongs to an optimizer step with a refresh or to one without, and has its place in it: the time of a cycle
+of hessian_interval = 10 is made up of the medians of these kinds. While they are measured every third step has a
+refresh, so that a short call sees enough of both; the monitor's sample of every tenth step is not in the medians.
+Rows are added to `file` and read back from it: several short calls make one long measurement. On a machine with other
+work the CPU time tells more than the clock (OMP_NUM_THREADS=1: idle threads count as work).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 TURN = 2  # micro-batches
 BATCH = 16
-INTERVAL = 10  # optimizer steps: hessian_interval
+INTERVAL, MEASURED = 10, 3  # optimizer steps: hessian_interval of the result, and while measuring
 TARGETS = {16: 1.05, 64: 1.02}  # by nbs
 FIGURES = ("epoch", "cpu", "cpu_without_loading", "peak")
 ADAMW = {"lr0": 0.001, "warmup_bias_lr": 0.0}
@@ -100,8 +101,8 @@ def turns(arms: list[dict[str, Any]], seconds: float) -> Iterator[list[list[tupl
         pipe.send(False)
 
 
-def seconds_a_batch(rows: list[dict[str, Any]], arm: int, name: str, accumulate: int, interval: int) -> float:
-    """Mean over a refresh cycle, made up of the median of each kind of micro-batch.
+def seconds_a_batch(rows: list[dict[str, Any]], arm: int, name: str, accumulate: int) -> float:
+    """Mean over a cycle of `INTERVAL`, made up of the median of each kind of micro-batch.
 
     Raises:
         ValueError: One of the kinds was not seen: the measurement was too short.
@@ -110,11 +111,11 @@ def seconds_a_batch(rows: list[dict[str, Any]], arm: int, name: str, accumulate:
     for row in rows:
         step, place = divmod(row["batch"], accumulate)
         if row["arm"] == arm and step > 0:  # the first step warms up: allocators, oneDNN's choice of kernels
-            kinds.setdefault((step % interval == 0, place), []).append(row[name])
+            kinds.setdefault((step % MEASURED == 0, place), []).append(row[name])
     if len(kinds) < 2 * accumulate:
         raise ValueError(f"{len(rows)} micro-batches were too few to see a refresh; call it again with more seconds.")
-    total = sum(statistics.median(v) * (1 if refresh else interval - 1) for (refresh, _), v in kinds.items())
-    return total / (accumulate * interval)
+    total = sum(statistics.median(v) * (1 if refresh else INTERVAL - 1) for (refresh, _), v in kinds.items())
+    return total / (accumulate * INTERVAL)
 
 
 def main() -> None:
@@ -128,8 +129,8 @@ def main() -> None:
     given = dict(map(parse_key_value_pair, sys.argv[1:]))
     imgsz, nbs, seconds = (given.pop(key, default) for key, default in (("imgsz", 160), ("nbs", 16), ("seconds", 150)))
     optimizer, file = given.pop("optimizer", "SophiaG"), given.pop("file", None)
-    knobs = {key: given.pop(key) for key in (*KNOBS, "sophia") if key in given}
-    interval, accumulate = knobs.get("hessian_interval", INTERVAL), max(1, round(nbs / BATCH))
+    knobs = {key: given.pop(key) for key in (KNOBS.keys() | {"sophia"}) - {"hessian_interval"} if key in given}
+    knobs["hessian_interval"], accumulate = MEASURED, max(1, round(nbs / BATCH))
     with tempfile.TemporaryDirectory() as folder:
         root = generate(f"{folder}/shapes", train=640, val=8)
         names = "".join(f"  {i}: c{i}\n" for i in range(6))
@@ -139,7 +140,7 @@ def main() -> None:
         same |= {"val": False, "plots": False, "save": False, "verbose": False, "workers": 0, "project": folder}
         same |= given
         arms = [{**same, **ADAMW, "optimizer": "AdamW", "name": "a"}, {**same, "optimizer": optimizer, "name": "b"}]
-        arms[1] |= knobs
+        arms[1] |= knobs if optimizer.lower().startswith("sophia") else {}
         key = {"imgsz": imgsz, "nbs": nbs, "optimizer": optimizer, "arguments": {**given, **knobs}}
         file = Path(file or f"{folder}/batches.jsonl")
         for n, taken in enumerate(turns(arms, seconds)):
@@ -152,11 +153,11 @@ def main() -> None:
     import torch
 
     print(f"{optimizer} {key['arguments']} over AdamW, YOLOv8n, batch {BATCH}, {imgsz} px, nbs {nbs}")
-    refreshes = sum(row["arm"] == 1 and row["batch"] % (interval * accumulate) == 0 < row["batch"] for row in rows)
+    refreshes = sum(row["arm"] == 1 and row["batch"] % (MEASURED * accumulate) == 0 < row["batch"] for row in rows)
     print(f"{len(rows)} batches, {refreshes} refreshes, {torch.get_num_threads()} threads, torch {torch.__version__}")
     goals = {"epoch": f"  (goal {TARGETS.get(nbs, '-')})", "peak": "  (goal 1.1)"}
     for name in FIGURES[:-1]:
-        theirs, ours = (seconds_a_batch(rows, arm, name, accumulate, interval) for arm in (0, 1))
+        theirs, ours = (seconds_a_batch(rows, arm, name, accumulate) for arm in (0, 1))
         print(f"{name:20} {ours / theirs:.3f}  ({theirs:.3f} s a batch with AdamW){goals.get(name, '')}")
     peaks = [max(row["peak"] for row in rows if row["arm"] == arm) for arm in (0, 1)]
     print(f"{'peak':20} {peaks[1] / peaks[0]:.3f}  ({peaks[0] / 2**20:.0f} MiB with AdamW){goals['peak']}")

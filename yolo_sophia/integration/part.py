@@ -4,8 +4,8 @@ The rule: to the training it never happened. The pass runs on copies of the buff
 random streams are put back, and its graph is gone before the ordinary forward pass begins.
 
 Why a part is enough: one estimate is the square of one sampled vector, so the labels alone give it a relative variance
-of about 2 per coordinate, from 4 images as from 16. What more images lower is the part of the variance that comes from
-the images, and that no faster than their cost grows. Figures: docs/benchmarks/, scripts/measure_refresh.py.
+of about 2 per coordinate, from 4 images as from 16. More images lower only what the images add to that, and cost more:
+docs/benchmarks/2026-11-26-refresh.md, made by scripts/measure_refresh.py.
 """
 
 from __future__ import annotations
