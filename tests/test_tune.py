@@ -326,6 +326,24 @@ def test_a_failed_trial_counts_and_the_others_go_on(score, note, tuned):
     assert len(tuned(trials=3).trials) == 3
 
 
+def test_ctrl_c_leaves_a_study_that_goes_on(tuned, monkeypatch):
+    def score(arguments, epoch):
+        if epoch == 2 and not interrupted:
+            interrupted.append(arguments["lr0"])
+            monkeypatch.setattr(command.time, "sleep", interrupt)
+        return 0.1 * epoch
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    interrupted: list[float] = []
+    with pytest.raises(KeyboardInterrupt):
+        tuned(score, trials=2)
+    view = tuned(score, trials=2)
+    assert [trial.state for trial in view.trials] == ["finished"] * 2
+    assert view.trials[0].settings["lr0"] == interrupted[0] and list(view.trials[0].curve) == [1, 2, 3, 4]
+
+
 def test_the_board(tuned):
     tuned(trials=3, workers=2)
     boards = tuned.played.states

@@ -41,6 +41,7 @@ class Attempt:
         self._stop, self._begun = threading.Event(), time.monotonic()
         self._pruned = False
         self.value: float | None = None
+        self.failure = ""
         self.shown = progress(plan, claim.trial.number, claim.settings)
         self.shown.before = sum(len(read_curve(folder_of(plan.base.out, run))) for run in self._runs)
         self._start()
@@ -54,7 +55,8 @@ class Attempt:
     def look(self) -> TrialState | None:
         """Report the new epochs, go on with the next training, and return how the trial ended; None while it goes on.
 
-        Once it ended as COMPLETE, `value` is its score: the mean over its trainings of the last mAP50-95.
+        After COMPLETE, `value` is its score: the mean over its trainings of the last mAP50-95; after FAIL, `failure`
+        says why.
         """
         over = not self._thread.is_alive()  # asked before the curve is read: nothing is written after it
         rows = read_curve(folder_of(self.plan.base.out, self._item.run))
@@ -102,6 +104,7 @@ class Attempt:
 
     def _failed(self, note: str) -> TrialState:
         self.shown.state, self.shown.note = "failed", note
+        self.failure = note
         return TrialState.FAIL
 
     def stop(self) -> None:

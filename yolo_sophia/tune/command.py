@@ -96,7 +96,7 @@ def run(study: SharedStudy, show: Callable[[list[Progress]], None]) -> None:
             time.sleep(0.5)
             for slot, attempt in enumerate(slots):
                 if attempt and (state := attempt.look()) is not None:
-                    study.end(attempt.claim, state, attempt.value, attempt.shown.note)
+                    study.end(attempt.claim, state, attempt.value, attempt.failure)
                     slots[slot] = None
             show(board.lines())
     except BaseException:

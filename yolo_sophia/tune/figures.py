@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from yolo_sophia.compare.canvas import INK, MUTED, Style, panel, plain, row_panel, short
 from yolo_sophia.compare.spaces import Choice, Dimension
@@ -71,9 +71,21 @@ def slices(key: str, dimension: Dimension, trials: Sequence[Trial], best: Trial)
     else:
         _scatter(axes, trials, best, [float(trial.settings[key]) for trial in trials])
         if dimension.log:
-            axes.set_xscale("log")
+            _logarithmic(axes)
     axes.set(xlabel=plain(key), ylabel=SCORE)
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic x-axis with few and plain numbers: matplotlib's own overlap where a decade is wide."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) < 4 else (1,)
+    shown = [x for k in decades for step in steps if low <= (x := float(f"{step}e{k}")) <= high]
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def importance(shares: Mapping[str, float]) -> Figure:

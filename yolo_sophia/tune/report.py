@@ -16,6 +16,7 @@ from yolo_sophia.compare.galleries import picture
 from yolo_sophia.compare.page import Block, Code, Document, Fold, Gallery, Section, Table, Text
 from yolo_sophia.compare.plan import data_name
 from yolo_sophia.compare.report import write_document
+from yolo_sophia.compare.spaces import Range
 from yolo_sophia.compare.tables import DASH, count, duration, scalar
 from yolo_sophia.compare.worker import write_whole
 from yolo_sophia.tune import figures
@@ -97,7 +98,7 @@ def _at_an_edge(view: View, best: Trial) -> list[str]:
     """Arguments whose best value lies in the outer twentieth of its range."""
     found = []
     for key, dimension in view.plan.space.items():
-        if hasattr(dimension, "low") and not dimension.at(0.05) < best.settings[key] < dimension.at(0.95):
+        if isinstance(dimension, Range) and not dimension.at(0.05) < best.settings[key] < dimension.at(0.95):
             found.append(f"{key} {scalar(best.settings[key])} in {dimension}")
     return found
 
