@@ -426,6 +426,7 @@ def progress(state: str, epochs: int = 0, seconds: float = 0.0, before: int = 0)
 def test_eta():
     assert eta_seconds([progress("waiting")], 1) is None
     board = [progress("running", 5, 50.0), progress("waiting"), progress("failed", 2, 20.0), progress("elsewhere", 4)]
+    board.append(progress("pruned", 3, 30.0))
     assert eta_seconds(board, 1) == pytest.approx((5 + 10 + 6) * 10.0)
     assert eta_seconds(board, 2) == pytest.approx((5 + 10 + 6) * 10.0 / 2)
     assert eta_seconds([progress("finished", 10, 100.0)], 1) == 0.0

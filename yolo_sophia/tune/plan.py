@@ -180,7 +180,7 @@ def build(content: Mapping[str, Any]) -> TunePlan:
     settled = judge(fixed)
     if "clip_fraction" in space and "rho" not in space and settled["rho"] != "auto":
         raise ValueError(f"space: clip_fraction is the knob of rho=auto, found rho={settled['rho']}: add rho=auto.")
-    start = {key: settled[key] for key, dimension in space.items() if dimension.holds(settled.get(key))}
+    start = {key: own.settle(settled[key]) for key, own in space.items() if own.holds(settled.get(key))}
     study = str(own["study"] or "-".join([base.arms[0].name, *map(data_name, base.data)]))
     base = replace(base, out=Path(str(own["out"] or Path("runs", "tune", study))))
     storage = str(own["storage"] or base.out / "study.db")
