@@ -42,7 +42,7 @@ from yolo_sophia.curvature import (
     LossTerm,
     Quadratic,
 )
-from yolo_sophia.integration.heads import DetectionTap
+from yolo_sophia.integration.heads import DetectionTap, UnknownTap
 
 SIZE, IMAGES, CLASSES, BINS = 48, 3, 3, 4
 GAINS = {"box": 7.5, "cls": 0.5, "dfl": 1.5}
@@ -467,7 +467,18 @@ def check_case(name: str, run: Pass, exact: dict[str, Tensor], samples: int, see
     return passed
 
 
-def report_others(run: Pass, exact: dict[str, Tensor]) -> None:
+def mean_of_the_unknown(run: Pass, batch: dict[str, Tensor], samples: int = 500) -> Tensor:
+    """Mean of estimates as if the criterion were not known, flat over the parameters."""
+    run.model.criterion = run.criterion
+    tap = UnknownTap(run.criterion, run.model)
+    tap.arm()
+    run.model(batch)
+    terms, generator = tap.terms(), Generator().manual_seed(0)
+    estimates = (GaussNewtonBartlett()(terms, run.params, generator) for _ in range(samples))
+    return sum(flatten(estimate, run.params) for estimate in estimates) / samples
+
+
+def report_others(run: Pass, batch: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     """Print how far squared true-label gradients are from the diagonal."""
     total = sum(exact[t] for t in run.terms)
     grads = torch.autograd.grad(run.loss, run.params, retain_graph=True)
@@ -476,6 +487,7 @@ def report_others(run: Pass, exact: dict[str, Tensor]) -> None:
     for name, found in (
         ("grad ** 2 of the loss", flatten(grads, run.params).square()),
         ("EmpiricalFisher", flatten(EmpiricalFisher()(terms, run.params, None), run.params)),
+        ("unknown loss (signed)", mean_of_the_unknown(run, batch)),
     ):
         ratios, c = tensor_ratios(found, total, run), sorted(correlations(found, total, run))
         print(
@@ -540,7 +552,7 @@ def main() -> int:
             print(f"  GaussNewtonBartlett against its samples, pulled back and squared: difference {difference:.1e}")
             for name in CASES:
                 passed &= check_case(name, run, exact, options.samples, options.seed)
-        report_others(run, exact)
+        report_others(run, batch, exact)
         report_ciou(run, exact, options.seed)
     print(
         f"{'passed' if passed else 'FAILED'}, {options.samples} samples per case, {time.perf_counter() - start:.0f} s"

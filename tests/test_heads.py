@@ -279,7 +279,7 @@ def unknown(task: str, two_heads: bool = False) -> tuple[nn.Module, dict]:
     """A model with a subclass of its criterion that is not Ultralytics' own."""
     model = build(task, two_heads)
     kind = type(model.criterion)
-    model.criterion.__class__ = type("MyLoss", (kind,), {"__module__": "elsewhere"})
+    model.criterion.__class__ = type(kind.__name__, (kind,), {"__module__": "elsewhere"})
     return model, batch_of(task)
 
 

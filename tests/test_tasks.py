@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from tiny_models import write_data
 from ultralytics import YOLO
 from ultralytics.engine import trainer as engine
+from ultralytics.engine.model import Model
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, ROOT
 from ultralytics.utils.patches import torch_load
 
@@ -25,7 +30,7 @@ FAMILIES = {
     "v8 pose": ("v8/yolov8-pose.yaml", 0.0625),
     "v8 obb": ("v8/yolov8-obb.yaml", 0.0625),
     "v8 classify": ("v8/yolov8-cls.yaml", 0.0625),
-    "11 detect": ("11/yolo11.yaml", 0.0625),
+    "11 detect": ("11/yolo11.yaml", 0.5),
     "12 detect": ("12/yolo12.yaml", 0.25),
     "26 detect": ("26/yolo26.yaml", 0.0625),
     "26 segment": ("26/yolo26-seg.yaml", 0.0625),
@@ -70,7 +75,7 @@ def train(tmp_path) -> Callable[..., SimpleNamespace]:
         handler = logging.Handler()
         handler.emit = lambda record: lines.append(record.getMessage())
         LOGGER.addHandler(handler)
-        model = model if isinstance(model, YOLO) else YOLO(model)
+        model = model if isinstance(model, Model) else YOLO(model)
         arguments = BASE | {"optimizer": "SophiaG", "hessian_interval": 2, "project": str(tmp_path / "runs")} | settings
         try:
             model.train(data=data, **arguments)
@@ -114,10 +119,31 @@ def test_rtdetr_says_that_its_likelihood_is_not_known(data, train, tmp_path):
     layout["head"][-1][-1] = ["nc", 16, 8, 2, 2, 2]  # hidden size, queries, points, heads, layers
     path = tmp_path / "yolov8n-rtdetr.yaml"
     path.write_text(yaml.safe_dump(layout))
-    run = train(RTDETR(path), data("detect"), deterministic=False)
+    run = train(RTDETR(str(path)), data("detect"), deterministic=False)
     assert_curved(run.trainer)
     (line,) = [line for line in run.log.splitlines() if "is not known here" in line]
     assert "RTDETRDetectionLoss" in line and "docs/TASKS.md" in line
+
+
+def test_parameters_without_curvature_are_named(data, train, tiny_model, monkeypatch):
+    """A model whose loss adds something to its criterion's; that of Ultralytics alone gives no such line."""
+
+    class Adding(DetectionTrainer):
+        def get_model(self, *args, **kwargs):
+            model = super().get_model(*args, **kwargs)
+            model.extra = torch.nn.Parameter(torch.ones(3))
+            return model
+
+    def loss(self, batch, preds=None):
+        total, items = original(self, batch, preds)
+        return total.sum() + self.extra.square().sum() if hasattr(self, "extra") else total, items
+
+    original = DetectionModel.loss
+    monkeypatch.setattr(DetectionModel, "loss", loss)
+    run = train(tiny_model, data("detect"), trainer=Adding)
+    (line,) = [line for line in run.log.splitlines() if "whose curvature is not known" in line]
+    assert "SophiaG: 1 parameters" in line and line.endswith(": extra")
+    assert "whose curvature is not known" not in train(tiny_model, data("detect"), fraction=0.25).log
 
 
 SETTINGS = {
@@ -174,7 +200,8 @@ def test_several_data_sets(tiny_data, tiny_model, tmp_path):
     assert len(found) == 2 and all("sophia/rho" in path.read_text() for path in found)
 
 
-def test_tune(data, tiny_model, tmp_path):
+def test_tune(data, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # older ones start `yolo`
     settings = BASE | {"optimizer": "SophiaG", "fraction": 0.25, "project": str(tmp_path / "runs")}
     YOLO(tiny_model).tune(data=data("detect"), iterations=1, **settings)
     (found,) = (tmp_path / "runs").rglob("results.csv")

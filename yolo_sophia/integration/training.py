@@ -56,6 +56,7 @@ class Session:
         self.tap: Tap | None = None
         self.listening = False  # whether the pass that is under way gives an estimate
         self.staged: list[Tensor | None] | None = None
+        self.unreached: list[Tensor] = []
         self.staged_images = self.window_images = self.batch_images = 0
         self._bound: list[tuple[Any, str]] = []
         self._bind(trainer, "preprocess_batch", self._preprocess_batch)
@@ -166,7 +167,9 @@ class Session:
             self._disarm()
             estimates = (torch.full_like(p, torch.nan) for p in params)
         # No path from the terms (no foreground: the box branch) means that the curvature is 0, not that it is unknown.
-        self.staged = [_or_zeros(next(estimates), p) if p.requires_grad else None for p in everything]
+        found = [next(estimates) if p.requires_grad else None for p in everything]
+        self.unreached = [p for p, e in zip(everything, found) if e is None and p.requires_grad]
+        self.staged = [_or_zeros(e, p) if p.requires_grad else None for p, e in zip(everything, found)]
         self._tick(refresh_index=index + 1)
 
     # One optimizer step ---------------------------------------------------------------------------------------------
@@ -197,6 +200,8 @@ class Session:
             factor = reduce_over_ranks(estimates, self.window_images, self.staged_images)
             torch._foreach_mul_(estimates, factor)
             if torch.stack([e.sum() for e in estimates]).sum().isfinite():
+                if self.clock["hessian_updates"] == 0:
+                    self._warn_of_the_unreached()
                 self.optimizer.update_hessian(self.staged)
                 self._tick(hessian_age=0, hessian_updates=self.clock["hessian_updates"] + 1)
                 self.trainer.run_callbacks("on_hessian_update")
@@ -208,6 +213,16 @@ class Session:
                 )
             self.monitor.refresh_seconds += time.perf_counter() - start
         self.monitor.before_step()
+
+    def _warn_of_the_unreached(self) -> None:
+        """Say which parameters have a gradient but no path to the terms: the model's loss adds something of its own."""
+        unreached = {id(p) for p in self.unreached if p.grad is not None and p.grad.any()}
+        names = [name for name, p in unwrap(self.trainer.model).named_parameters() if id(p) in unreached]
+        if names:
+            LOGGER.warning(
+                f"SophiaG: {len(names)} parameters are trained by a loss whose curvature is not known here, so each of "
+                f"their steps is lr times a sign: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            )
 
     def _after_step(self) -> None:
         self.monitor.after_step()
