@@ -390,14 +390,15 @@ def test_overflow_discards_the_estimate_and_touches_neither_m_nor_h(tiny_run):
     assert left[-1]["hessian_dropped"] == 0
 
 
-def test_loss_scale_is_not_in_h(tiny_run):
+@pytest.mark.parametrize("batch", [4, 8], ids=["all images", "a part"])
+def test_loss_scale_is_not_in_h(tiny_run, batch):
     class Once(Scaled):
         stop_after = 1
 
     class Plain(Watched):
         stop_after = 1
 
-    scaled, plain = train(Once, tiny_run), train(Plain, tiny_run)
+    scaled, plain = (train(kind, tiny_run, batch=batch, nbs=batch) for kind in (Once, Plain))
     assert scaled.scales == [scaled.scaler.get_scale()] == [2.0**16]
     assert plain.scales == [1.0] and not plain.scaler.is_enabled()
     torch.testing.assert_close(scaled.commits[0].h, plain.commits[0].h, rtol=1e-5, atol=0)
