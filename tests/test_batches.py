@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from yolo_sophia.curvature import EmpiricalFisher, GaussNewtonBartlett, Hutchinson, OnBatches, likelihood_of
-from yolo_sophia.curvature.batches import Batches
+from yolo_sophia.curvature.batches import Batches, moved
 from yolo_sophia.curvature.noise import forked
 
 WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
@@ -139,6 +139,22 @@ def test_the_batch_of_a_number_is_found_again(data):
     batches = Batches(data)
     assert [int(batches.take(i)[0]) for i in (0, 1, 7, 8, 1, 2)] == [0, 1, 2, 3, 1, 2]
     assert int(copy.deepcopy(batches).take()[0]) == 3
+
+
+def test_only_the_place_within_a_round_is_looked_for():
+    read = []
+
+    class Counting(list):
+        def __iter__(self):
+            return (read.append(x) or x for x in list.__iter__(self))
+
+    assert Batches(Counting("abc")).take(3 * 10**6 + 1)[0] == "b" and read == ["a", "b"]
+
+
+def test_nested_batches_are_moved():
+    t = torch.ones(1)
+    out = moved({"a": [t, (t, "word")], "b": 3}, torch.device("meta"))
+    assert out["a"][0].is_meta and out["a"][1][0].is_meta and out["a"][1][1] == "word" and out["b"] == 3
 
 
 def test_data_without_a_length_is_counted():

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import AdamW
 
-from yolo_sophia import DecoupledSophia, SophiaH
+from yolo_sophia import DecoupledSophia, SophiaG, SophiaH
 
 STEPS = 12
 
@@ -91,9 +92,30 @@ def test_the_global_random_states_are_left_alone_and_the_seed_decides():
     assert states[1:] == (random.getstate(), str(np.random.get_state()))
     assert_equal(first, same)
     assert not torch.equal(held(first)[0], held(other)[0])
-    hessians = [first.state[held(first)[0]]["hessian"].clone()]
-    train(first, range(3))
-    assert not torch.equal(hessians[0], first.state[held(first)[0]]["hessian"])  # each refresh has noise of its own
+    noise = []
+
+    def estimator(params):
+        noise.append(float(torch.rand(())))
+        return [None for _ in params]
+
+    train(made(estimator))
+    assert len(set(noise)) == len(noise) == 4  # each refresh has noise of its own
+
+
+@pytest.mark.parametrize("kind", [SophiaG, SophiaH, AdamW])
+def test_the_state_of_another_optimizer_is_refused(kind):
+    ours, params = made(), [Parameter(torch.ones(3, 2)), Parameter(torch.ones(4))]
+    theirs = kind(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    if kind is not AdamW:
+        theirs.update_hessian([torch.ones_like(p) for p in params])
+    theirs.step()
+    with pytest.raises(ValueError, match="The state is not DecoupledSophia's"):
+        ours.load_state_dict(theirs.state_dict())
+    train(ours, range(1))
+    with pytest.raises(ValueError, match="The state is not SophiaG's"):
+        SophiaG(params).load_state_dict(ours.state_dict())
 
 
 @pytest.mark.parametrize("copied", ["deepcopy", "pickle", "state_dict"])

@@ -79,6 +79,17 @@ def test_gaussian_with_a_given_variance(reduction):
     torch.testing.assert_close(term.coefficient.flatten(), exact.diag())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_absolute_error_has_the_information_of_a_laplace_distribution(reduction):
+    target, loss = rand(4, 3), nn.L1Loss(reduction=reduction)
+    (term,) = likelihood_of(loss)(LOGITS, target)
+    assert likelihood_of(F.l1_loss)(LOGITS, None)[0].coefficient == 1 / 12
+    gradient = torch.func.grad(loss)(LOGITS, target)
+    torch.testing.assert_close(term.observed() * term.coefficient.sqrt(), gradient)
+    expected = torch.full((4, 3), 1 / 12 if reduction == "mean" else 1.0, dtype=torch.float64)  # c E[sign^2]
+    torch.testing.assert_close(term.sampled(None).square(), expected)
+
+
 def test_distribution_focal_loss():
     logits, distance, c = rand(2, 4, 6), 4.9 * rand(2, 4), rand(2, 1, 1)
 
@@ -110,9 +121,9 @@ def test_functions_are_known_too_and_targets_may_be_missing(name):
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (nn.L1Loss(), TypeError, "No likelihood is known for L1Loss: expected one of .*'CrossEntropyLoss'"),
+        (nn.HuberLoss(), TypeError, "No likelihood is known for HuberLoss: expected one of .*'CrossEntropyLoss'"),
         (3, TypeError, "No likelihood is known for int"),
-        (F.l1_loss, TypeError, r"returned Tensor, no loss terms: .*sign_randomised"),
+        (F.huber_loss, TypeError, r"returned Tensor, no loss terms: .*sign_randomised"),
         (nn.MSELoss(reduction="none"), ValueError, "Invalid reduction: found 'none', expected 'mean' or 'sum'"),
     ],
 )

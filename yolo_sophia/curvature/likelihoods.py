@@ -33,9 +33,14 @@ class LossTerm(Protocol):
         """Cotangent for the true labels, weighted alike: the root of the coefficient times the gradient of the NLL."""
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype to compute coefficients and curvatures in: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _wide(x: Tensor) -> Tensor:
     """Detached, in at least float32: half-precision probabilities are too coarse to sample from."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return x.detach().to(wide(x))
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """PyTorch's common losses as loss terms: which likelihood, and which coefficient per prediction.
 
-The rule: the second derivative of the loss by the model's output equals that of the term, for both reductions; labels
-are drawn from the model, weights stay those of the data. "mean" divides as PyTorch does: by the number of elements, or
-for a class-weighted cross-entropy by the sum of the weights of the labels.
+The rule: the second derivative of the loss by the model's output equals that of the term, for both reductions (but for
+the absolute error, which has none). Labels are drawn from the model, weights stay those of the data. "mean" divides as
+PyTorch does: by the number of elements, or for a class-weighted cross-entropy by the sum of the labels' weights.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from yolo_sophia.curvature.likelihoods import Bernoulli, Categorical, Gaussian, LossTerm
+from yolo_sophia.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Laplace, LossTerm, wide
 
 
 def _divided(coefficient: Tensor, count: Tensor | float, reduction: str) -> Tensor:
     if reduction not in ("mean", "sum"):
         raise ValueError(f"Invalid reduction: found {reduction!r}, expected 'mean' or 'sum', which give a scalar loss.")
     return coefficient / count if reduction == "mean" else coefficient
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def cross_entropy(
@@ -54,7 +50,7 @@ def cross_entropy(
         ValueError: The reduction gives no scalar, or class weights were given without a target.
     """
     rows = output.movedim(1, -1) if output.dim() > 1 else output
-    classes, dtype = rows.shape[-1], _wide(output)
+    classes, dtype = rows.shape[-1], wide(output)
     if target is None:
         if weight is not None:
             raise ValueError("cross_entropy with class weights needs the targets: the labels decide the weights.")
@@ -100,7 +96,7 @@ def binary_cross_entropy_with_logits(
     Raises:
         ValueError: The reduction gives no scalar, or a pos_weight was given without a target.
     """
-    coefficient = torch.ones((), dtype=_wide(output), device=output.device)
+    coefficient = torch.ones((), dtype=wide(output), device=output.device)
     if weight is not None:
         coefficient = coefficient * weight
     if pos_weight is not None:
@@ -122,8 +118,23 @@ def mse_loss(output: Tensor, target: Tensor | None = None, *, reduction: str = "
     Raises:
         ValueError: The reduction gives no scalar.
     """
-    two = torch.full((), 2.0, dtype=_wide(output), device=output.device)
+    two = torch.full((), 2.0, dtype=wide(output), device=output.device)
     return [Gaussian(output, _divided(two, output.numel(), reduction), target)]
+
+
+def l1_loss(output: Tensor, target: Tensor | None = None, *, reduction: str = "mean") -> list[LossTerm]:
+    """Absolute error: a Laplace distribution of scale 1, whose Fisher information stands in for a Hessian that is 0.
+
+    Args:
+        output: Predictions, any shape.
+        target: Observations of the same shape.
+        reduction: "mean" or "sum".
+
+    Raises:
+        ValueError: The reduction gives no scalar.
+    """
+    one = torch.ones((), dtype=wide(output), device=output.device)
+    return [Laplace(output, _divided(one, output.numel(), reduction), target)]
 
 
 def gaussian_nll_loss(output: Tensor, target: Tensor | None, var: Tensor, *, reduction: str = "mean") -> list[LossTerm]:
@@ -140,7 +151,7 @@ def gaussian_nll_loss(output: Tensor, target: Tensor | None, var: Tensor, *, red
     Raises:
         ValueError: The reduction gives no scalar.
     """
-    return [Gaussian(output, _divided(1 / var.detach().to(_wide(output)), output.numel(), reduction), target)]
+    return [Gaussian(output, _divided(1 / var.detach().to(wide(output)), output.numel(), reduction), target)]
 
 
 def distribution_focal_loss(output: Tensor, target: Tensor | None, coefficient: Tensor) -> list[LossTerm]:
@@ -166,6 +177,7 @@ FUNCTIONS: dict[Callable, Callable[..., list[LossTerm]]] = {
     F.cross_entropy: cross_entropy,
     F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     F.mse_loss: mse_loss,
+    F.l1_loss: l1_loss,
 }
 """Terms of PyTorch's functions."""
 
@@ -173,6 +185,7 @@ MODULES: dict[type[nn.Module], tuple[Callable[..., list[LossTerm]], tuple[str, .
     nn.CrossEntropyLoss: (cross_entropy, ("weight", "ignore_index", "reduction", "label_smoothing")),
     nn.BCEWithLogitsLoss: (binary_cross_entropy_with_logits, ("weight", "pos_weight", "reduction")),
     nn.MSELoss: (mse_loss, ("reduction",)),
+    nn.L1Loss: (l1_loss, ("reduction",)),
 }
 """Terms of PyTorch's modules, and the attributes that are their arguments."""
 

@@ -23,6 +23,9 @@ from yolo_sophia.optim.steering import CLIP_FRACTION, clip_quantile, steered
 from yolo_sophia.optim.update import foreach_update, single_tensor_update
 
 STATE = ("step", "exp_avg", "hessian", "hessian_updates")
+MARKS = ("hessian_source", "k", "probes")
+"""Keys of the parameter groups that tell the optimizers of this package apart."""
+
 HESSIAN_AVERAGES: Mapping[str, int] = MappingProxyType({"kernel": 2, "row": 1})
 """Leading dimensions that an averaged estimate keeps; its mean is taken over the others. For a convolution's weight,
 shape (out, in, height, width): "kernel" leaves one value per kernel, "row" one per output channel."""
@@ -72,7 +75,18 @@ class SophiaBase(Optimizer):
                 f"{f', found {foreign} as well' if foreign else ', found some without hessian'}. Start the optimizer "
                 f"anew, or load a checkpoint that {name} wrote."
             )
+        self._check_marks({key for group in state_dict["param_groups"] for key in MARKS if key in group})
         super().load_state_dict(state_dict)
+
+    def _check_marks(self, found: set[str]) -> None:
+        """Refuse the state of another one of the family: the same rho and h would mean something else."""
+        own = {key for key in MARKS if key in self.defaults}
+        if found != own:
+            name = type(self).__name__
+            raise ValueError(
+                f"The state is not {name}'s: its groups have {sorted(found)}, expected {sorted(own)}. "
+                f"Start the optimizer anew, or load a checkpoint that {name} wrote."
+            )
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a parameter group; its hyperparameters and parameters are checked first.

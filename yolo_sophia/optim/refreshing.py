@@ -32,13 +32,6 @@ class RefreshingSophia(SophiaBase):
     def __init__(self, params: Any, defaults: dict[str, Any], *, k: int | None, seed: int):
         super().__init__(params, {**defaults, "k": k, "seed": seed, "refreshes": 0, "hessian_age": None})
 
-    def __setstate__(self, state: dict) -> None:
-        """Restore a pickled or loaded state; groups of a state without a clock get this optimizer's."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key in ("k", "seed", "refreshes", "hessian_age"):
-                group.setdefault(key, self.defaults[key])
-
     def _check_group(self, group: dict) -> None:
         super()._check_group(group)
         for key, least in (("k", 1), ("seed", 0)):

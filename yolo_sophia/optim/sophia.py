@@ -91,6 +91,10 @@ class SophiaG(SophiaBase):
             if "hessian_source" not in group:  # the official release knows one source only
                 group["hessian_source"] = "grad" if any(bool(s["hessian"].any()) for s in held) else None
 
+    def _check_marks(self, found: set[str]) -> None:
+        if found:  # the official release has none
+            super()._check_marks(found)
+
     @torch.no_grad()
     def update_hessian(self, estimates: Iterable[Tensor | None] | None = None) -> None:
         """Move h towards a new estimate: h <- b2 h + (1 - b2) h_hat.

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from yolo_sophia.curvature import Quadratic
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype to compute coefficients and curvatures in: at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+from yolo_sophia.curvature.likelihoods import wide
 
 
 def quadratic(output: Tensor, coefficient: Tensor, loss: Callable[[Tensor], Tensor]) -> Quadratic:
