@@ -30,7 +30,7 @@ from yolo_sophia import cli, tune_space
 from yolo_sophia.compare.execute import Progress, folder_of
 from yolo_sophia.compare.plan import data_name
 from yolo_sophia.compare.results import MAP50_95
-from yolo_sophia.compare.spaces import Range
+from yolo_sophia.compare.spaces import Range, merged
 from yolo_sophia.compare.tuning import TRIAL_SEED
 from yolo_sophia.compare.worker import CHECKPOINT, CURVE, RECEIPT, read_curve
 from yolo_sophia.integration.arguments import OPTIMIZERS, judge, resolve
@@ -41,11 +41,12 @@ from yolo_sophia.tune.report import compose, write_report
 from yolo_sophia.tune.study import SharedStudy
 from yolo_sophia.tune.view import View
 
-BASE = {"data": "sets/bccd/data.yaml", "model": "yolov8n.pt", "epochs": 4}
+BASE = {"data": "sets/bccd/data.yaml", "model": "yolov8n.pt", "epochs": 4, "sophia": "published"}
 
 
 def words(**changes: object) -> list[str]:
-    return [f"{key}={value}" for key, value in {**BASE, **changes}.items() if value is not None]
+    base = {key: value for key, value in BASE.items() if key != "sophia" or "optimizer" not in changes}
+    return [f"{key}={value}" for key, value in {**base, **changes}.items() if value is not None]
 
 
 def plan(**changes: object) -> TunePlan:
@@ -59,7 +60,7 @@ def plan(**changes: object) -> TunePlan:
 def test_defaults():
     made = plan()
     assert dict(made.space) == {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)}
-    assert dict(made.start) == {key: load_preset("detect").settings[key] for key in ("lr0", "rho")}
+    assert dict(made.start) == {key: load_preset("published").settings[key] for key in ("lr0", "rho")}
     assert (made.trials, made.sampler, made.pruner, made.prune_after) == (30, "tpe", "median", 1)
     assert (made.base.seeds, made.workers, made.study) == ((TRIAL_SEED,), 1, "SophiaG-bccd")
     assert made.base.out == Path("runs/tune/SophiaG-bccd")
@@ -74,13 +75,14 @@ def test_a_given_value_is_not_searched_and_the_space_is_written_on_top(tmp_path)
     assert made.fixed["lr0"] == 0.001
     assert dict(made.start) == {"beta2": 0.99, "hessian_interval": 10}
     inline = plan(space="{'lr0': [1e-3, 2e-3], 'hessian_estimator': ['gnb', 'empirical_fisher']}")
-    assert list(inline.space) == ["rho", "lr0", "hessian_estimator"]
-    assert dict(inline.start) == {"rho": 0.1, "lr0": 0.001, "hessian_estimator": "gnb"}
+    assert list(inline.space) == ["lr0", "rho", "hessian_estimator"]
+    assert dict(inline.start) == {"rho": 0.04, "hessian_estimator": "gnb"}  # lr0 = 3e-4 lies outside
 
 
 def test_under_a_steered_rho_the_fraction_is_searched():
     made = plan(rho="auto")
     assert list(made.space) == ["lr0", "clip_fraction"] and set(made.start) == {"lr0", "clip_fraction"}
+    assert list(merged({"optimizer": "SophiaG", "rho": "auto"}, {"rho": Range(0.1, 1.0)})) == ["lr0", "rho"]
 
 
 def test_the_start_leaves_out_what_lies_outside_the_space():
@@ -142,7 +144,7 @@ def test_the_written_plan_is_read_back(changes, tmp_path):
         ({"pruner": "mean"}, "pruner='mean': expected median, hyperband or none"),
         ({"optimizers": "SGD"}, "'optimizers' is not a known argument. Did you mean 'optimizer'?"),
         ({"trails": 3}, "'trails' is not a known argument. Did you mean 'trials'?"),
-        ({"optimizer": "SophiaX"}, "Did you mean 'SophiaG'?"),
+        ({"optimizer": "SofiaG"}, "Did you mean 'SophiaG'?"),
         ({"optimizer": "auto"}, "there is nothing to search"),
         ({"seed": 3}, "seed is decided by the plan"),
         ({"val": False}, "val=False: a study needs the mAP50-95 of every epoch"),
@@ -317,7 +319,7 @@ def test_a_trial_of_several_trainings_is_their_mean(tuned):
     ("score", "note"), [("out of memory", "out of memory"), (None, "the last mAP50-95 is not finite")]
 )
 def test_a_failed_trial_counts_and_the_others_go_on(score, note, tuned):
-    view = tuned(lambda arguments, epoch: score if arguments["lr0"] == 0.001 else 0.1, trials=3)
+    view = tuned(lambda arguments, epoch: score if arguments["lr0"] == 0.0003 else 0.1, trials=3)
     assert [trial.state for trial in view.trials] == ["failed", "finished", "finished"]
     assert view.trials[0].note == note and view.best.number == 1
     assert len(tuned(trials=3).trials) == 3
@@ -345,7 +347,7 @@ def test_the_board(tuned):
     tuned(trials=3, workers=2)
     boards = tuned.played.states
     assert all(len(board) == 3 for board in boards)
-    assert boards[0][0] == ("trial 0: lr0=0.001, rho=0.1", "running") and boards[0][2] == ("trial 2", "waiting")
+    assert boards[0][0] == ("trial 0: lr0=0.0003, rho=0.04", "running") and boards[0][2] == ("trial 2", "waiting")
     assert [state for _, state in boards[-1]] == ["finished"] * 3
     assert any([state for _, state in board].count("running") == 2 for board in boards)
 
@@ -434,16 +436,16 @@ def test_the_preset_is_what_was_found(tuned):
     path = view.plan.base.out / "best.yaml"
     path.write_text(view.outcome.files["best.yaml"])
     preset = load_preset(str(path))
-    detect = load_preset("detect")
+    published = load_preset("published")
     assert dict(preset.settings) == {
-        **{key: knob.default for key, knob in KNOBS.items()}, **detect.settings, "weight_decay": 0.01,
+        **{key: knob.default for key, knob in KNOBS.items()}, **published.settings, "weight_decay": 0.01,
         **view.best.settings,
     }  # fmt: skip
     assert preset.origins["clip_fraction"] == "package default; not varied"
     for key in view.plan.space:
         assert preset.origins[key].startswith(f"study SophiaG-bccd: best of 5 trials, mAP50-95 {view.best.value:.4f}")
     assert preset.origins["weight_decay"] == "study SophiaG-bccd: given, not varied"
-    assert preset.origins["momentum"] == f"preset detect: {detect.origins['momentum']}"
+    assert preset.origins["momentum"] == f"preset published: {published.origins['momentum']}"
     assert resolve({"sophia": str(path)}, {"sophia"}).values["beta2"] == view.best.settings["beta2"]
     assert f"sophia={path}" in view.outcome.command and list(view.outcome.files) == ["best.yaml"]
 

@@ -90,10 +90,12 @@ def written(dimension: Dimension) -> Any:
     return [dimension.low, dimension.high, *["log"] * dimension.log, *["int"] * dimension.whole]
 
 
+_SOPHIA = {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)}
 _ADAM = {"lr0": Range(2e-4, 1e-2), "weight_decay": Range(1e-5, 1e-1)}
 SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
     {
-        "sophiag": {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)},
+        "sophiag": _SOPHIA,
+        "sophiah": _SOPHIA,
         "adam": _ADAM,
         "adamw": _ADAM,
         "adamax": _ADAM,
@@ -107,7 +109,7 @@ SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
 )
 """What is searched for each optimizer: the learning rate and its one other knob."""
 STEERED: Mapping[str, Dimension] = MappingProxyType(
-    {"lr0": SPACES["sophiag"]["lr0"], "clip_fraction": Range(0.1, 0.95, log=False)}
+    {"lr0": _SOPHIA["lr0"], "clip_fraction": Range(0.1, 0.95, log=False)}
 )
 """What is searched for Sophia under rho=auto, whose knob is the fraction that rho is steered to."""
 OTHERS: Mapping[str, Dimension] = MappingProxyType({"lr0": Range(1e-5, 1e-2), "weight_decay": Range(1e-5, 1e-1)})
@@ -117,9 +119,19 @@ OTHERS: Mapping[str, Dimension] = MappingProxyType({"lr0": Range(1e-5, 1e-2), "w
 def space_of(arguments: Mapping[str, Any]) -> Mapping[str, Dimension]:
     """The search space of the optimizer of these arguments."""
     name = str(arguments["optimizer"]).lower()
-    if name == "sophiag" and str(arguments.get("rho")).lower() == "auto":
+    if SPACES.get(name) is _SOPHIA and str(arguments.get("rho")).lower() == "auto":
         return STEERED
     return SPACES.get(name, OTHERS)
+
+
+def merged(arguments: Mapping[str, Any], given: Mapping[str, Dimension | None]) -> dict[str, Dimension]:
+    """The space of the optimizer of these arguments with what is given on top; None takes a key out.
+
+    Who gives rho searches numbers, whatever the arguments say: then there is no fraction to steer to.
+    """
+    unsteered = {"rho": None} if given.get("rho") is not None else {}
+    space = {**space_of({**arguments, **unsteered}), **given}
+    return {key: own for key, own in space.items() if own is not None}
 
 
 def read_dimension(key: str, given: Any) -> Dimension | None:

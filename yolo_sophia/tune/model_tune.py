@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from yolo_sophia.compare.spaces import Choice, Dimension, read_dimension, space_of
+from yolo_sophia.compare.spaces import Choice, Dimension, merged, read_dimension
 
 DECIMALS = 5
 """Ultralytics' engine.tuner.Tuner rounds to so many."""
@@ -22,7 +22,7 @@ def tune_space(
 
     Args:
         optimizer: Name or dotted path of the optimizer. Under a preset with rho=auto, Sophia's space has clip_fraction
-            in the place of rho.
+            in the place of rho, unless `space` has rho.
         space: More arguments, or other values for some, as `yolo-sophia tune space=` takes them.
         ray: Whether it is for `model.tune(use_ray=True)`.
 
@@ -36,8 +36,7 @@ def tune_space(
     from yolo_sophia.integration.arguments import judge
 
     given = {key: read_dimension(key, entry) for key, entry in (space or {}).items()}
-    merged = {**space_of(judge({"optimizer": optimizer})), **given}
-    dimensions = {key: own for key, own in merged.items() if own is not None}
+    dimensions = merged(judge({"optimizer": optimizer}), given)
     return {key: _for_ray(own) if ray else _for_tuner(key, own) for key, own in dimensions.items()}
 
 

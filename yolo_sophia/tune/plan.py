@@ -18,7 +18,7 @@ import yaml
 
 from yolo_sophia.compare import plan as comparison
 from yolo_sophia.compare.plan import DECIDED, Arm, Key, Plan, Run, data_name, make_run, whole
-from yolo_sophia.compare.spaces import FORMS, Choice, Dimension, Range, read_dimension, space_of, written
+from yolo_sophia.compare.spaces import FORMS, Choice, Dimension, Range, merged, read_dimension, written
 from yolo_sophia.compare.tuning import TRIAL_SEED
 from yolo_sophia.presets import suggestion
 
@@ -216,33 +216,24 @@ def _fitting(plan: TunePlan, typed: set[str]) -> TunePlan:
     return replace(plan, trials=min(plan.trials, size) if "trials" in typed else size)
 
 
-def _own_space(fixed: Mapping[str, Any]) -> dict[str, Dimension]:
-    """The space of the optimizer, as its preset has it, without what is fixed."""
-    from yolo_sophia.integration.arguments import judge
-
-    return {key: own for key, own in space_of(judge(fixed)).items() if key not in fixed}
-
-
 def _space(given: Any, fixed: Mapping[str, Any]) -> dict[str, Dimension]:
-    """The optimizer's own space with what is given on top."""
-    from yolo_sophia.integration.arguments import known_arguments
+    """The optimizer's own space, without what is fixed, and what is given on top."""
+    from yolo_sophia.integration.arguments import judge, known_arguments
 
     if isinstance(given, str):
         given = comparison.plain_numbers(comparison.read_mapping("space", given))
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"space: found {given!r}, expected a mapping of arguments to {FORMS}.")
-    space = _own_space(fixed)
+    read: dict[str, Dimension | None] = {}
     for key, entry in (given or {}).items():
         if key not in (known := known_arguments()):
             raise ValueError(f"space: {key!r} is not a known argument.{suggestion(key, known)}")
         if key in DECIDED:
             raise ValueError(f"space: {key} is decided by the plan and cannot be searched.")
-        dimension = read_dimension(key, entry)
-        if dimension is not None and key in fixed:
+        read[key] = read_dimension(key, entry)
+        if read[key] is not None and key in fixed:
             raise ValueError(f"{key}={fixed[key]} is fixed, and it is in the space: leave one of them out.")
-        space.pop(key, None)
-        if dimension is not None:
-            space[key] = dimension
+    space = {key: own for key, own in merged(judge(fixed), read).items() if key not in fixed}
     if not space:
         example = "space=\"{'lr0': [1e-4, 1e-2, 'log']}\""
         raise ValueError(f"optimizer={fixed['optimizer']}: there is nothing to search; say {example}.")
@@ -265,11 +256,12 @@ def _check_samples(space: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> 
 
 def plan_yaml(plan: TunePlan) -> str:
     """The plan as a file that `plan=` reads back to the same plan."""
-    left_out = [key for key in _own_space(plan.fixed) if key not in plan.space]
+    space = {key: written(dimension) for key, dimension in plan.space.items()}
+    left_out = _space(space, plan.fixed).keys() - plan.space.keys()
     content: dict[str, Any] = {
         "data": list(plan.base.data),
         "optimizer": plan.arm.name,
-        "space": {**{key: written(dimension) for key, dimension in plan.space.items()}, **dict.fromkeys(left_out)},
+        "space": {**space, **dict.fromkeys(sorted(left_out))},
         "seeds": list(plan.base.seeds),
         **{key: getattr(plan, key) for key in ("trials", "sampler", "pruner")},
         **({"grid_points": plan.grid_points} if plan.sampler == "grid" else {}),
