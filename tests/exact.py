@@ -59,11 +59,17 @@ def case(kind: str) -> Case:
     return Case(net.double().train(), x, torch.randint(CLASSES, labels, generator=noise))
 
 
-def _functional(c: Case) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor]]:
-    net = copy.deepcopy(c.net)
+def without_running_statistics(net: nn.Module) -> nn.Module:
+    """A copy that gives the same in train mode: torch.func has no updates in place."""
+    net = copy.deepcopy(net)
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # torch.func has no updates in place; the output is the batch's anyway
+        if isinstance(module, nn.BatchNorm2d):
             module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    return net
+
+
+def _functional(c: Case) -> tuple[Callable[[dict[str, Tensor]], Tensor], dict[str, Tensor]]:
+    net = without_running_statistics(c.net)
     params = {name: p.detach() for name, p in net.named_parameters()}
     return lambda p: functional_call(net, p, (c.x,)), params
 

@@ -49,7 +49,8 @@ def assert_equal(a, b) -> None:
         torch.testing.assert_close(dict(a.state[p]), dict(b.state[q]), rtol=0, atol=0)
 
 
-def test_rule_of_the_agora_release():
+@pytest.mark.parametrize("corrected", [False, True])
+def test_rule_of_the_agora_release(corrected):
     """Written out: momentum and decay once, max(h, eps), rho the bound, a refresh at the first step and every k-th."""
     calls = []
 
@@ -57,7 +58,8 @@ def test_rule_of_the_agora_release():
         calls.append([tuple(p.shape) for p in params])
         return [torch.full_like(p, 2.0 * len(calls) - 3) for p in params]  # the first is negative
 
-    optimizer = made(estimator, lr=0.01, betas=(0.9, 0.8), eps=0.05, weight_decay=0.1, k=3, rho=0.5)
+    settings = {"lr": 0.01, "betas": (0.9, 0.8), "eps": 0.05, "weight_decay": 0.1, "k": 3, "rho": 0.5}
+    optimizer = made(estimator, bias_correction=corrected, **settings)
     theta = [p.detach().clone() for p in held(optimizer)]
     m, h = [torch.zeros_like(p) for p in theta], [torch.zeros_like(p) for p in theta]
     train(optimizer)
@@ -68,7 +70,8 @@ def test_rule_of_the_agora_release():
             if step % 3 == 0:
                 h[i] = 0.8 * h[i] + 0.2 * (2.0 * (step // 3 + 1) - 3)
             p *= 1 - 0.01 * 0.1
-            p -= 0.01 * (m[i] / h[i].clamp(min=0.05)).clamp(-0.5, 0.5)
+            curvature = h[i] / (1 - 0.8 ** (step // 3 + 1)) if corrected else h[i]
+            p -= 0.01 * (m[i] / curvature.clamp(min=0.05)).clamp(-0.5, 0.5)
     assert calls == [[(3, 2), (4,)]] * 4
     for p, expected in zip(held(optimizer), theta):
         torch.testing.assert_close(p.detach(), expected)

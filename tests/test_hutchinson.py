@@ -87,7 +87,7 @@ def test_what_cannot_be_differentiated_twice_is_refused():
     freed = (p**3).sum()
     freed.backward()
     fused = nn.functional.scaled_dot_product_attention(p, p, p).sum()
-    for loss in (freed, fused, torch.ones(())):
+    for loss in (freed, fused, torch.ones(()), p**3):
         with pytest.raises(RuntimeError, match=r"differentiates the loss twice.*before backward\(\).*PyTorch says"):
             Hutchinson()(loss, [p], None)
 

@@ -53,7 +53,13 @@ class Hutchinson:
             with torch.autocast(loss.device.type, enabled=False):
                 return self._estimate(loss, params, generator)
         except RuntimeError as error:
-            reasons = ("does not require grad", "second time", "is not implemented", "once_differentiable")
+            reasons = (
+                "scalar outputs",
+                "does not require grad",
+                "second time",
+                "is not implemented",
+                "once_differentiable",
+            )
             if not any(reason in str(error) for reason in reasons):
                 raise
             raise RuntimeError(
