@@ -41,7 +41,8 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "warmup_bias_lr": 0.0022,
     "warmup_epochs": 1.5,
 }
-DETECT = load_preset("detect").settings
+SCRATCH = load_preset("detect-scratch").settings  # of a run that nothing is known of
+SHORT = load_preset("detect-short").settings  # of the tiny trainings here
 PUBLISHED = load_preset("published").settings
 
 
@@ -150,7 +151,7 @@ def test_estimators_of_the_other_optimizer_are_refused(optimizer, estimator):
 
 def test_lr0_typed_and_untyped():
     assert DEFAULT_CFG_DICT["lr0"] == 0.01
-    assert settled()["lr0"] == DETECT["lr0"] != 0.01
+    assert settled()["lr0"] == SCRATCH["lr0"] != 0.01
     assert settled(lr0=0.01)["lr0"] == 0.01
     assert settled(sophia="published")["lr0"] == PUBLISHED["lr0"]
     assert settled(sophia="published", lr0=0.01)["lr0"] == 0.01
@@ -158,8 +159,8 @@ def test_lr0_typed_and_untyped():
 
 def test_the_default_preset_is_detect_and_its_values_arrive():
     args = settled()
-    assert {key: args[key] for key in DETECT} == dict(DETECT)
-    assert (args["sophia"], args[MARKER]) == ("detect", "detect:")
+    assert {key: args[key] for key in SCRATCH} == dict(SCRATCH)
+    assert (args["sophia"], args[MARKER]) == ("detect-scratch", "detect-scratch:")
 
 
 def test_untouched_arguments_stay_ultralytics_own():
@@ -219,7 +220,7 @@ def test_resume_takes_the_record(typed):
 def test_a_value_typed_over_a_record_wins():
     record = settled(lr0=0.01)
     args = again(record, rho=0.3)
-    assert args == {**record, "rho": 0.3, MARKER: "detect:lr0,rho"}
+    assert args == {**record, "rho": 0.3, MARKER: "detect-scratch:lr0,rho"}
     assert sources(args)["rho"] == sources(args)["lr0"] == "typed"
     assert again(args) == args
 
@@ -308,8 +309,8 @@ def test_runs_record_what_they_used(tiny_run, python):
     assert used["hessian_interval"] == 2
     assert used["initial_lr"] == 0.01
     sophia = read_args({**run, "name": "sophia"})
-    assert sophia[MARKER] == "detect:hessian_interval,lr0"
-    assert {key: sophia[key] for key in DETECT} == {**DETECT, "lr0": 0.01, "hessian_interval": 2}
+    assert sophia[MARKER] == "detect-short:hessian_interval,lr0"
+    assert {key: sophia[key] for key in SHORT} == {**SHORT, "lr0": 0.01, "hessian_interval": 2}
 
     model.train(**{**run, "name": "adamw"}, optimizer="AdamW")
     assert type(model.trainer.optimizer).__name__ == "AdamW"
@@ -373,8 +374,8 @@ def test_args_yaml_as_cfg(tiny_run, tmp_path):
     by_hand.write_text("optimizer: SophiaG\nrho: 0.7\nlr0: 0.01\n")
     rest = {k: v for k, v in tiny_run.items() if k != "model"}
     fourth = trained_with(cfg=str(by_hand), **rest, rho=0.8)
-    assert (fourth["rho"], fourth["lr0"], fourth["momentum"]) == (0.8, 0.01, DETECT["momentum"])
-    assert fourth[MARKER] == "detect:lr0,rho"
+    assert (fourth["rho"], fourth["lr0"], fourth["momentum"]) == (0.8, 0.01, SHORT["momentum"])
+    assert fourth[MARKER] == "detect-short:lr0,rho"
 
 
 @pytest.mark.slow
@@ -413,9 +414,9 @@ def test_a_child_of_tune(tiny_run, monkeypatch):
     assert type(child["hessian_interval"]) is int
     assert child["hessian_interval"] == (3 if hasattr(ultralytics.engine.tuner, "CFG_INT_KEYS") else 4)
     assert (child["weight_decay"], child["warmup_bias_lr"]) == (0.0123, 0.1)
-    assert (child["momentum"], child["beta2"]) == (DETECT["momentum"], DETECT["beta2"])
+    assert (child["momentum"], child["beta2"]) == (SHORT["momentum"], SHORT["beta2"])
     assert child["optimizer"] == "SophiaG"
-    assert child["sophia"] == "detect"
+    assert child["sophia"] == "detect-short"
     assert sources(child)["rho"] == sources(child)["lr0"] == "typed"
     assert sources(child)["beta2"] == "preset"
     assert "sophia/rho" in (args_yaml.parent / "results.csv").read_text()
@@ -427,8 +428,8 @@ def test_the_tuner_starts_from_the_preset_within_its_bounds(tiny_run):
     first = tuner._mutate()
     assert type(first["hessian_interval"]) is int
     assert first["hessian_interval"] in {3, 4}
-    assert (first["rho"], first["beta2"]) == (0.05, DETECT["beta2"])
-    assert tuner.args.sophia_typed == "detect:"
+    assert (first["rho"], first["beta2"]) == (0.05, SHORT["beta2"])
+    assert tuner.args.sophia_typed == "detect-short:"
 
 
 @pytest.mark.skipif(not hasattr(Tuner, "_constrain"), reason="Tuner rounds what it finds from 8.4 on")
@@ -442,7 +443,7 @@ def test_the_tuner_rounds_our_whole_number(tiny_run):
 
 def test_shipped_presets():
     names = preset_names()
-    assert {"detect", "published"} <= set(names)
+    assert {"detect-scratch", "detect-finetune", "detect-short", "published"} == set(names)
     assert names == sorted(path.stem for path in preset_directory().glob("*"))
 
 
@@ -537,13 +538,13 @@ def test_numbers_without_a_dot(text, tmp_path):
 
 
 UNKNOWN = {
-    "detct": "'detct' is not a preset. Did you mean 'detect'? Valid presets: ['detect', ",
+    "detect-shrt": "'detect-shrt' is not a preset. Did you mean 'detect-short'? Valid presets: ['detect-finetune', ",
     "publish": "Did you mean 'published'?",
     "zzz": "sophia='zzz' is not a preset. Valid presets: [",
     "../detect": "'../detect' is not a preset.",
     "../presets/detect": "is not a preset.",
     "/etc/passwd": "is not a preset.",
-    "detect.yml": "sophia=detect.yml: no such file. Pass the path of a preset YAML, or one of ['detect', ",
+    "detect.yml": "sophia=detect.yml: no such file. Pass the path of a preset YAML, or one of ['detect-finetune', ",
     "nowhere/mine.yaml": "sophia=nowhere/mine.yaml: no such file.",
     "5": "sophia='5' is not a preset.",
     "False": "sophia='False' is not a preset.",
@@ -566,7 +567,7 @@ def test_a_folder_is_not_a_preset(tmp_path):
 
 
 def test_presets_cannot_be_changed():
-    preset = load_preset("detect")
+    preset = load_preset("detect-short")
     with pytest.raises(TypeError):
         preset.settings["rho"] = 1.0
     with pytest.raises(AttributeError):
@@ -600,7 +601,10 @@ REFUSED = {  # typed -> the exception and what it says
         ValueError,
         "optimizer_args goes with an optimizer given by a dotted path",
     ),
-    "optimizer=SophiaG sophia=detct": (ValueError, "sophia='detct' is not a preset. Did you mean 'detect'?"),
+    "optimizer=SophiaG sophia=detect-shrt": (
+        ValueError,
+        "sophia='detect-shrt' is not a preset. Did you mean 'detect-short'?",
+    ),
     "optimizer=SophiaG rho=-1": (ValueError, "'rho=-1.0' is an invalid value; 'rho' must be a number > 0, or auto."),
     "optimizer=SophiaG rho=0": (ValueError, "'rho=0.0' is an invalid value; 'rho' must be a number > 0, or auto."),
     "optimizer=SophiaG rho=1e999": (ValueError, "'rho=inf' is an invalid value"),
@@ -659,7 +663,7 @@ def test_names_unlike_ours_keep_the_error_of_ultralytics(tiny_run):
         ({"space": {"rho": (0.1, 1.0), "lr0": (0.1, 1.0)}}, ValueError, "['rho'] are arguments of optimizer=SophiaG"),
         ({"optimizer": "SofiaG"}, ValueError, "Did you mean 'SophiaG'?"),
         ({"optimizer": "SophiaG", "rho": -1}, ValueError, "'rho=-1.0' is an invalid value"),
-        ({"optimizer": "SophiaG", "sophia": "detct"}, ValueError, "Did you mean 'detect'?"),
+        ({"optimizer": "SophiaG", "sophia": "detect-shrt"}, ValueError, "Did you mean 'detect-short'?"),
     ],
     ids=str,
 )

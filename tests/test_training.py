@@ -42,7 +42,7 @@ COLUMNS = (
     "refresh_seconds",
 )
 BASE = {"imgsz": 64, "epochs": 1, "batch": 4, "nbs": 4, "device": "cpu", "plots": False, "val": False, "seed": 0}
-DETECT = load_preset("detect").settings
+SHORT = load_preset("detect-short").settings
 STEPS = 4  # per epoch: 16 images in batches of 4, a step each
 
 
@@ -223,9 +223,10 @@ def test_picture_beside_results_png(sophia):
 
 
 def test_start_line_says_what_is_used_and_why(sophia):
+    assert "preset 'detect-short', chosen for a training from scratch of 12 steps" in sophia.log
     (line,) = [line for line in sophia.log.splitlines() if "SophiaG:" in line]
     for part in (
-        "preset 'detect' (provisional)",
+        "preset 'detect-short' (provisional)",
         "hessian_estimator=gnb (preset)",
         "hessian_interval=5 (typed)",
         "rho=0.3 (typed)",
@@ -323,7 +324,7 @@ def test_momentum_of_batchnorm_is_set_where_it_is_asked_for(sophia, train):
         return {m.momentum for m in run.trainer.model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
 
     assert momenta(train(bn_momentum=0.2)) == {0.2}
-    assert momenta(sophia) == {DETECT["bn_momentum"]}
+    assert momenta(sophia) == {SHORT["bn_momentum"]}
     assert momenta(train(optimizer="torch.optim.AdamW", bn_momentum=0.2)) == {0.2}
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-DEFAULT_PRESET = "detect"
+CHOSEN = "auto"
+"""What `sophia=` takes, and is without a word, for the preset that fits the run (integration/choice.py)."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from yolo_sophia.integration import dotted
+from yolo_sophia.integration.choice import choose_preset
 from yolo_sophia.presets import (
     BORROWED,
-    DEFAULT_PRESET,
+    CHOSEN,
     HUTCHINSON,
     KNOBS,
     Preset,
@@ -79,17 +80,26 @@ class Resolved:
         values: Arguments to set: the knobs, the borrowed arguments that were decided here, and the markers.
         sources: Per argument "typed", "preset", "default" or "optimizer".
         preset: The preset.
+        reason: Why it was chosen, where the user named none.
     """
 
     values: dict[str, Any]
     sources: dict[str, str]
     preset: Preset
+    reason: str = ""
 
     def describe(self) -> str:
         """One line that says what is used and where it came from."""
         unused = {"clip_fraction"} if self.values["rho"] != "auto" else set()
         shown = [f"{k}={self.values[k]} ({source})" for k, source in self.sources.items() if k not in unused]
         return f"preset '{self.preset.name}' ({self.preset.status}), " + ", ".join(shown)
+
+    def announce(self) -> None:
+        """Say which preset was chosen and why, where the user named none."""
+        from ultralytics.utils import LOGGER, RANK, colorstr
+
+        if self.reason and RANK in {-1, 0}:
+            LOGGER.info(f"{colorstr('Sophia:')} preset '{self.preset.name}', {self.reason}")
 
 
 def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
@@ -103,7 +113,9 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
         TypeError: A value is of the wrong kind.
         ValueError: A value is out of range or belongs to another optimizer, or the preset is unknown or malformed.
     """
-    name = str(DEFAULT_PRESET if arguments.get("sophia") is None else arguments["sophia"])
+    name, reason = str(CHOSEN if arguments.get("sophia") is None else arguments["sophia"]), ""
+    if name.lower() == CHOSEN:
+        name, reason = choose_preset(arguments)
     recorded, _, keys = str(arguments.get(MARKER) or "").rpartition(":")
     preset = _known_or_bare(name) if name == recorded else load_preset(name)
     if recorded:
@@ -140,7 +152,7 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
             "belongs to SophiaH, which has no other. Remove it, or change the optimizer."
         )
     values |= {"sophia": preset.name, MARKER: f"{preset.name}:{','.join(sorted(typed))}"}
-    return Resolved(values, sources, preset)
+    return Resolved(values, sources, preset, reason)
 
 
 def _known_or_bare(name: str) -> Preset:
@@ -216,12 +228,15 @@ def refuse_for_others(keys: Iterable[str], optimizer: object) -> None:
         )
 
 
-def settle(args: Any, overrides: dict[str, Any] | None) -> None:
+def settle(args: Any, overrides: dict[str, Any] | None) -> Resolved | None:
     """Bring a trainer's or tuner's arguments into their final form, in place.
 
     Args:
         args: Namespace of all arguments.
         overrides: What the caller passed on top of the defaults.
+
+    Returns:
+        What was decided for an optimizer of ours.
 
     Raises:
         TypeError: As `resolve`.
@@ -241,7 +256,7 @@ def settle(args: Any, overrides: dict[str, Any] | None) -> None:
                 check_value("bn_momentum", args.bn_momentum)
             else:
                 vars(args).pop("bn_momentum", None)
-        return
+        return None
     if dotted.ARGUMENTS in typed:
         raise ValueError(
             f"{dotted.ARGUMENTS} goes with an optimizer given by a dotted path, found optimizer={name}. Its own "
@@ -252,6 +267,7 @@ def settle(args: Any, overrides: dict[str, Any] | None) -> None:
     args.optimizer = name
     for key, value in resolved.values.items():
         setattr(args, key, value)
+    return resolved
 
 
 def judge(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
             original(self, overrides)
             if arguments.canonical_optimizer(self.args.optimizer) or is_dotted(self.args.optimizer):
                 ledger.require_sound()
-            arguments.settle(self.args, overrides)
+            if resolved := arguments.settle(self.args, overrides):
+                resolved.announce()
 
         return wrapper
 
@@ -208,7 +209,9 @@ def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:
             else:
                 ledger.require_sound()
                 # Resolved before Tuner makes its directory, and recorded: the children do not resolve again.
-                args.update(arguments.resolve(args, arguments.typed_keys(args)).values)
+                resolved = arguments.resolve(args, arguments.typed_keys(args))
+                resolved.announce()
+                args.update(resolved.values)
                 args["optimizer"] = name
                 if "rho" in (args.get("space") or {}) and args["rho"] == "auto":
                     args["rho"] = arguments.KNOBS["rho"].default  # the search starts from a number
