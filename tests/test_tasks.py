@@ -37,7 +37,7 @@ FAMILIES = {
     "26 pose": ("26/yolo26-pose.yaml", 0.0625),
     "26 obb": ("26/yolo26-obb.yaml", 0.0625),
 }
-BASE = {"imgsz": 64, "epochs": 1, "batch": 4, "nbs": 4, "device": "cpu", "plots": False, "workers": 0, "seed": 0}
+BASE = {"imgsz": 64, "epochs": 1, "batch": 4, "nbs": 4, "device": "cpu", "plots": False, "val": False, "workers": 0}
 STEPS = 4  # per epoch: 16 images in batches of 4
 
 
@@ -157,7 +157,7 @@ SETTINGS = {
     "frozen head": {"freeze": [22]},
     "AutoBatch": {"batch": -1},
     "time": {"time": 1e-9},
-    "early stopping": {"epochs": 9, "patience": 1},
+    "early stopping": {"epochs": 9, "patience": 1, "val": True},
     "whole batch": {"hessian_fraction": 1.0},
 }
 
