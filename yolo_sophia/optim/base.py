@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from yolo_sophia.optim.fused import check_compiler
+from yolo_sophia.optim.precision import SETTINGS, STORABLE, round_at_random, stored_dtype
+from yolo_sophia.optim.reference import Rule, working_dtype
 from yolo_sophia.optim.steering import CLIP_FRACTION, clip_quantile, steered
-from yolo_sophia.optim.update import foreach_update, single_tensor_update
+from yolo_sophia.optim.update import choose_update
 
 STATE = ("step", "exp_avg", "hessian", "hessian_updates")
 MARKS = ("hessian_source", "k", "probes")
@@ -35,7 +38,7 @@ class SophiaBase(Optimizer):
     """State, checks, and both halves of the algorithm; see the subclasses for the hyperparameters.
 
     State per parameter: `step` (scalar), `exp_avg` (m), `hessian` (h, both of the parameter's shape), and
-    `hessian_updates` (int, t above).
+    `hessian_updates` (int, t above). `momentum_dtype` and `hessian_dtype` of a group name another dtype for m and h.
 
     Attributes:
         floor: Whether eps is the smallest value of the denominator, as in the paper, or added to it, as in the official
@@ -77,6 +80,12 @@ class SophiaBase(Optimizer):
             )
         self._check_marks({key for group in state_dict["param_groups"] for key in MARKS if key in group})
         super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, (group, p) in zip(saved, self._parameters()):
+            for key in SETTINGS:  # torch has cast them to the parameter's dtype, which may be narrower
+                if i in state_dict["state"]:
+                    value = state_dict["state"][i][key]
+                    self.state[p][key] = value.to(device=p.device, dtype=stored_dtype(group, p, key))
 
     def _check_marks(self, found: set[str]) -> None:
         """Refuse the state of another one of the family: the same rho and h would mean something else."""
@@ -96,6 +105,7 @@ class SophiaBase(Optimizer):
 
         Raises:
             ValueError: A hyperparameter is out of range, or a parameter is complex.
+            RuntimeError: `fused=True` and no compiler works here.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -107,7 +117,7 @@ class SophiaBase(Optimizer):
             else:
                 require(group["clip_fraction"] is None, group, "clip_fraction", 'None, as rho is not "auto"')
             self._check_group(group)
-        except (TypeError, ValueError):  # TypeError: a comparison with what is no number
+        except (TypeError, ValueError, RuntimeError):  # TypeError: a comparison with what is no number
             self.param_groups.pop()
             raise
 
@@ -128,18 +138,25 @@ class SophiaBase(Optimizer):
                     f"{type(self).__name__} does not support complex parameters, found one of {p.dtype} and shape "
                     f"{tuple(p.shape)}; train torch.view_as_real(...) of it instead."
                 )
+        for name in SETTINGS.values():
+            require(group[name] in (None, *STORABLE), group, name, "None, torch.bfloat16 or torch.float32")
+        if group["fused"]:
+            require(not group["foreach"], group, "foreach", "None or False beside fused=True: choose one of them")
+            for p in group["params"]:
+                check_compiler(p, *(stored_dtype(group, p, key) for key in SETTINGS))
 
     def _parameters(self) -> list[tuple[dict, Tensor]]:
         """All (group, parameter) pairs in the order of the groups."""
         return [(group, p) for group in self.param_groups for p in group["params"]]
 
-    def _state_of(self, p: Tensor) -> dict:
+    def _state_of(self, group: dict, p: Tensor) -> dict:
         """The state of one parameter, made at its first use."""
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["hessian"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            for key in SETTINGS:
+                dtype = stored_dtype(group, p, key)
+                state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state["hessian_updates"] = 0
         return state
 
@@ -167,17 +184,22 @@ class SophiaBase(Optimizer):
 
     def _move_hessian(self, values: Sequence[Tensor | None], squared: bool = False) -> None:
         """Average over kernels or rows, then over time; `squared` says that the values are roots of estimates."""
-        for (group, p), value in zip(self._parameters(), values):
+        for i, ((group, p), value) in enumerate(zip(self._parameters(), values)):
             if value is None:
                 continue
             group["rho_due"] = group["clip_fraction"] is not None
-            state, beta2, average = self._state_of(p), group["betas"][1], group["hessian_average"]
+            state, beta2, average = self._state_of(group, p), group["betas"][1], group["hessian_average"]
             state["hessian_updates"] += 1
+            h = state["hessian"].to(working_dtype(state["hessian"]))  # itself where it is wide enough
             if squared and average is None:  # no square is stored
-                state["hessian"].mul_(beta2).addcmul_(value, value, value=1 - beta2)
+                h.mul_(beta2).addcmul_(value, value, value=1 - beta2)
             else:
                 estimate = value.square() if squared else value
-                state["hessian"].mul_(beta2).add_(averaged(estimate, average), alpha=1 - beta2)
+                h.mul_(beta2).add_(averaged(estimate, average), alpha=1 - beta2)
+            if state["hessian"].dtype == torch.bfloat16:
+                state["hessian"].copy_(round_at_random(h, seed=(state["hessian_updates"] << 20) + i))
+            elif h is not state["hessian"]:
+                state["hessian"].copy_(h)
 
     def _scale_and_bound(self, group: dict) -> tuple[float, float]:
         """Factor on h in the denominator, and the largest entry of the update: here the paper's rho and 1."""
@@ -191,18 +213,11 @@ class SophiaBase(Optimizer):
             if not params:
                 continue
             grads = [self._dense(p.grad, "step()") for p in params]
-            states = [self._state_of(p) for p in params]
+            states = [self._state_of(group, p) for p in params]
             scale, bound = self._scale_and_bound(group)
             scales = [scale * factor / bias_correction_factor(group, s) for s in states]
-            for s in states:
-                s["step"] += 1
-            foreach = params[0].is_cuda if group["foreach"] is None else group["foreach"]
-            (foreach_update if foreach else single_tensor_update)(
-                params,
-                grads,
-                [s["exp_avg"] for s in states],
-                [s["hessian"] for s in states],
-                scales,
+            _count([s["step"] for s in states])
+            rule = Rule(
                 lr=float(group["lr"]),
                 beta1=group["betas"][0],
                 weight_decay=group["weight_decay"],
@@ -211,6 +226,8 @@ class SophiaBase(Optimizer):
                 bound=bound,
                 floor=self.floor,
             )
+            m, h = ([s[key] for s in states] for key in SETTINGS)
+            choose_update(group, params)(params, grads, m, h, scales, rule)
 
     def _steer(self, factor: float) -> None:
         """Measure rho where it is steered and h has moved since; groups of one clip fraction share one rho."""
@@ -247,12 +264,20 @@ class SophiaBase(Optimizer):
 def optional_settings() -> dict[str, Any]:
     """What the paper does not have, off by default: keys of every parameter group."""
     return {
+        "fused": False,
+        "hessian_dtype": None,
+        "momentum_dtype": None,
         "bias_correction": False,
         "hessian_average": None,
         "clip_fraction": None,  # the fraction that rho is steered to, None: rho is fixed
         "rho_measurements": 0,
         "rho_due": False,  # whether h has moved since rho was measured
     }
+
+
+def _count(steps: list[Tensor]) -> None:
+    """Add 1 to each; on CPU a tensor 1 for all is several times faster than a number, which becomes one for each."""
+    torch._foreach_add_(steps, torch.ones(()) if all(s.is_cpu for s in steps) else 1)
 
 
 def evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from yolo_sophia.optim.refreshing import RefreshingSophia
@@ -37,7 +38,10 @@ class DecoupledSophia(RefreshingSophia):
         seed: Seed of the estimates' noise, >= 0.
         bias_correction: Divide h by 1 - b2^t after t refreshes, as Adam does.
         hessian_average: None, "kernel" or "row", as in `SophiaG`.
-        foreach: Use the multi-tensor implementation; None chooses it for CUDA parameters.
+        foreach: Use the multi-tensor implementation, or (False) the reference; None chooses by device.
+        fused: Use one compiled pass: needs a C++ compiler on CPU and Triton on CUDA.
+        hessian_dtype: What h is stored in, torch.bfloat16 to save memory; None: the parameter's dtype.
+        momentum_dtype: The same for m. See `optim/precision.py`.
 
     The state of a parameter is that of `SophiaG`. Where several processes train one model, the estimator has to give
     the same on all of them.
@@ -45,6 +49,7 @@ class DecoupledSophia(RefreshingSophia):
     Raises:
         TypeError: The estimator is not callable.
         ValueError: A hyperparameter is out of range, or a parameter is complex.
+        RuntimeError: `fused` and no compiler works here.
     """
 
     steers = False
@@ -64,6 +69,9 @@ class DecoupledSophia(RefreshingSophia):
         bias_correction: bool = False,
         hessian_average: str | None = None,
         foreach: bool | None = None,
+        fused: bool = False,
+        hessian_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | None = None,
     ):
         if not callable(hessian_estimator):
             raise TypeError(
@@ -78,6 +86,9 @@ class DecoupledSophia(RefreshingSophia):
             "weight_decay": weight_decay,
             "rho": rho,
             "foreach": foreach,
+            "fused": fused,
+            "hessian_dtype": hessian_dtype,
+            "momentum_dtype": momentum_dtype,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
         }

@@ -43,12 +43,16 @@ class SophiaH(RefreshingSophia):
         bias_correction: Divide h by 1 - b2^t after t refreshes, as Adam does.
         hessian_average: None, "kernel" or "row", as in `SophiaG`.
         clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1), as in `SophiaG`.
-        foreach: Use the multi-tensor implementation; None chooses it for CUDA parameters.
+        foreach: Use the multi-tensor implementation, or (False) the reference; None chooses by device.
+        fused: Use one compiled pass: needs a C++ compiler on CPU and Triton on CUDA.
+        hessian_dtype: What h is stored in, torch.bfloat16 to save memory; None: the parameter's dtype.
+        momentum_dtype: The same for m. See `optim/precision.py`.
 
     The state of a parameter is that of `SophiaG`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
+        RuntimeError: `fused` and no compiler works here.
     """
 
     needs_loss = True
@@ -69,6 +73,9 @@ class SophiaH(RefreshingSophia):
         hessian_average: str | None = None,
         clip_fraction: float | None = None,
         foreach: bool | None = None,
+        fused: bool = False,
+        hessian_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | None = None,
     ):
         defaults = {
             "lr": lr,
@@ -77,6 +84,9 @@ class SophiaH(RefreshingSophia):
             "weight_decay": weight_decay,
             "eps": eps,
             "foreach": foreach,
+            "fused": fused,
+            "hessian_dtype": hessian_dtype,
+            "momentum_dtype": momentum_dtype,
             "probes": Hutchinson(probes).probes,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,

@@ -35,7 +35,10 @@ class SophiaG(SophiaBase):
         weight_decay: Decoupled weight decay, >= 0; a step multiplies the parameters by 1 - lr * weight_decay.
         eps: Added to the denominator, > 0, as the official code does.
         maximize: Maximize the objective instead of minimizing it.
-        foreach: Use the multi-tensor implementation; None chooses it for CUDA parameters.
+        foreach: Use the multi-tensor implementation, or (False) the reference; None chooses by device.
+        fused: Use one compiled pass: needs a C++ compiler on CPU and Triton on CUDA.
+        hessian_dtype: What h is stored in, torch.bfloat16 to save memory; None: the parameter's dtype.
+        momentum_dtype: The same for m. See `optim/precision.py`.
         bias_correction: Divide h by 1 - b2^t after t Hessian updates, as Adam does. Off in the official release.
         hessian_average: Replace an estimate by its mean over each "kernel" of a convolution, or over each output "row",
             before it enters h: less noise, one value of h for all of it. For every parameter of more than 2
@@ -48,6 +51,7 @@ class SophiaG(SophiaBase):
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
+        RuntimeError: `fused` and no compiler works here.
     """
 
     floor = False
@@ -63,6 +67,9 @@ class SophiaG(SophiaBase):
         eps: float = 1e-15,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool = False,
+        hessian_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | None = None,
         bias_correction: bool = False,
         hessian_average: str | None = None,
         clip_fraction: float | None = None,
@@ -75,6 +82,9 @@ class SophiaG(SophiaBase):
             "eps": eps,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
+            "hessian_dtype": hessian_dtype,
+            "momentum_dtype": momentum_dtype,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
             "clip_fraction": clip_fraction,
