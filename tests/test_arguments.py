@@ -30,6 +30,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "hessian_average": "row",
     "hessian_interval": 7,
     "hessian_warmup": 3,
+    "cautious": True,
     "bn_momentum": 0.2,
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",
@@ -40,9 +41,9 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "weight_decay": 0.0123,
     "warmup_bias_lr": 0.0022,
     "warmup_epochs": 1.5,
+    "cos_lr": True,
 }
-SCRATCH = load_preset("detect-scratch").settings  # of a run that nothing is known of
-SHORT = load_preset("detect-short").settings  # of the tiny trainings here
+SCRATCH = load_preset("detect-scratch").settings  # of a run that nothing is known of, and of the trainings here
 PUBLISHED = load_preset("published").settings
 
 
@@ -309,8 +310,8 @@ def test_runs_record_what_they_used(tiny_run, python):
     assert used["hessian_interval"] == 2
     assert used["initial_lr"] == 0.01
     sophia = read_args({**run, "name": "sophia"})
-    assert sophia[MARKER] == "detect-short:hessian_interval,lr0"
-    assert {key: sophia[key] for key in SHORT} == {**SHORT, "lr0": 0.01, "hessian_interval": 2}
+    assert sophia[MARKER] == "detect-scratch:hessian_interval,lr0"
+    assert {key: sophia[key] for key in SCRATCH} == {**SCRATCH, "lr0": 0.01, "hessian_interval": 2}
 
     model.train(**{**run, "name": "adamw"}, optimizer="AdamW")
     assert type(model.trainer.optimizer).__name__ == "AdamW"
@@ -374,8 +375,8 @@ def test_args_yaml_as_cfg(tiny_run, tmp_path):
     by_hand.write_text("optimizer: SophiaG\nrho: 0.7\nlr0: 0.01\n")
     rest = {k: v for k, v in tiny_run.items() if k != "model"}
     fourth = trained_with(cfg=str(by_hand), **rest, rho=0.8)
-    assert (fourth["rho"], fourth["lr0"], fourth["momentum"]) == (0.8, 0.01, SHORT["momentum"])
-    assert fourth[MARKER] == "detect-short:lr0,rho"
+    assert (fourth["rho"], fourth["lr0"], fourth["momentum"]) == (0.8, 0.01, SCRATCH["momentum"])
+    assert fourth[MARKER] == "detect-scratch:lr0,rho"
 
 
 @pytest.mark.slow
@@ -414,9 +415,9 @@ def test_a_child_of_tune(tiny_run, monkeypatch):
     assert type(child["hessian_interval"]) is int
     assert child["hessian_interval"] == (3 if hasattr(ultralytics.engine.tuner, "CFG_INT_KEYS") else 4)
     assert (child["weight_decay"], child["warmup_bias_lr"]) == (0.0123, 0.1)
-    assert (child["momentum"], child["beta2"]) == (SHORT["momentum"], SHORT["beta2"])
+    assert (child["momentum"], child["beta2"]) == (SCRATCH["momentum"], SCRATCH["beta2"])
     assert child["optimizer"] == "SophiaG"
-    assert child["sophia"] == "detect-short"
+    assert child["sophia"] == "detect-scratch"
     assert sources(child)["rho"] == sources(child)["lr0"] == "typed"
     assert sources(child)["beta2"] == "preset"
     assert "sophia/rho" in (args_yaml.parent / "results.csv").read_text()
@@ -428,8 +429,8 @@ def test_the_tuner_starts_from_the_preset_within_its_bounds(tiny_run):
     first = tuner._mutate()
     assert type(first["hessian_interval"]) is int
     assert first["hessian_interval"] in {3, 4}
-    assert (first["rho"], first["beta2"]) == (0.05, SHORT["beta2"])
-    assert tuner.args.sophia_typed == "detect-short:"
+    assert (first["rho"], first["beta2"]) == (0.05, SCRATCH["beta2"])
+    assert tuner.args.sophia_typed == "detect-scratch:"
 
 
 @pytest.mark.skipif(not hasattr(Tuner, "_constrain"), reason="Tuner rounds what it finds from 8.4 on")

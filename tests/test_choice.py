@@ -84,7 +84,7 @@ def test_weights(given, expected):
 @pytest.mark.parametrize(
     ("epochs", "model", "name"),
     [
-        (SHORT // 4 - 1, "yolov8n.yaml", "detect-short"),
+        (SHORT // 4 - 1, "yolov8n.yaml", "detect-scratch"),
         (SHORT // 4 - 1, "yolov8n.pt", "detect-short"),
         (SHORT // 4, "yolov8n.yaml", "detect-scratch"),
         (SHORT // 4, "yolov8n.pt", "detect-finetune"),

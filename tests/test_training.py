@@ -42,7 +42,7 @@ COLUMNS = (
     "refresh_seconds",
 )
 BASE = {"imgsz": 64, "epochs": 1, "batch": 4, "nbs": 4, "device": "cpu", "plots": False, "val": False, "seed": 0}
-SHORT = load_preset("detect-short").settings
+SCRATCH = load_preset("detect-scratch").settings
 STEPS = 4  # per epoch: 16 images in batches of 4, a step each
 
 
@@ -223,18 +223,18 @@ def test_picture_beside_results_png(sophia):
 
 
 def test_start_line_says_what_is_used_and_why(sophia):
-    assert "preset 'detect-short', chosen for a training from scratch of 12 steps" in sophia.log
+    assert "preset 'detect-scratch', chosen for a training from scratch of 12 steps" in sophia.log
     (line,) = [line for line in sophia.log.splitlines() if "SophiaG:" in line]
     for part in (
-        "preset 'detect-short' (provisional)",
+        "preset 'detect-scratch' (studied)",
         "hessian_estimator=gnb (preset)",
         "hessian_interval=5 (typed)",
         "rho=0.3 (typed)",
-        "lr0=0.001 (preset)",
+        f"lr0={SCRATCH['lr0']} (preset)",
     ):
         assert part in line
     (line,) = [line for line in sophia.log.splitlines() if "optimizer:" in line and "parameter groups" in line]
-    assert "SophiaG(lr=0.001" in line
+    assert f"SophiaG(lr={SCRATCH['lr0']}" in line
     assert "AdamW" not in line
 
 
@@ -324,7 +324,7 @@ def test_momentum_of_batchnorm_is_set_where_it_is_asked_for(sophia, train):
         return {m.momentum for m in run.trainer.model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
 
     assert momenta(train(bn_momentum=0.2)) == {0.2}
-    assert momenta(sophia) == {SHORT["bn_momentum"]}
+    assert momenta(sophia) == {SCRATCH["bn_momentum"]}
     assert momenta(train(optimizer="torch.optim.AdamW", bn_momentum=0.2)) == {0.2}
 
 

@@ -101,14 +101,30 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
         {"steps": 30, "dtype": torch.float16},
         {"steps": 30, "maximize": True},
         {"steps": 30, "kind": Floored, "eps": 0.05},
+        {"steps": 100, "cautious": True},
+        {"steps": 30, "cautious": True, "maximize": True, "kind": Floored, "eps": 0.05},
     ],
-    ids=["fp32", "fp64", "bf16", "fp16", "maximize", "floor"],
+    ids=["fp32", "fp64", "bf16", "fp16", "maximize", "floor", "cautious", "all"],
 )
 def test_equals_the_reference(way, settings):
     found, expected = train(**settings, **way), reference(**settings)
     assert_close(found, expected)
     if way == {}:  # the same operations in the same order
         assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("way", [REFERENCE, {}, {"foreach": True}, {"fused": True}], ids=str)
+def test_a_cautious_step_leaves_out_what_would_go_against_the_gradient(way, maximize):
+    momentum, gradient = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0])
+    p = Parameter(torch.zeros(5))
+    optimizer = SophiaG([p], lr=0.1, betas=(0.9, 0.99), weight_decay=0.0, maximize=maximize, cautious=True, **way)
+    for p.grad in (100 * momentum, gradient):  # the first step decides the sign of m
+        with torch.no_grad():
+            p.zero_()
+        optimizer.step()
+    sign = 1 if maximize else -1
+    assert p.tolist() == pytest.approx([0.1 * sign, 0.0, 0.0, -0.1 * sign, 0.0])
 
 
 @ways

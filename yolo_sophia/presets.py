@@ -26,7 +26,7 @@ class Knob:
 
     Attributes:
         default: The package default, used where neither the user nor the preset says anything.
-        kind: int, float or str.
+        kind: int, float, str or bool.
         valid: Whether a value of that kind is in range.
         expected: The range in words, for messages.
         words: What is accepted beside values of that kind, in any case.
@@ -63,6 +63,7 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
             "gnb", str, lambda v: v in _estimator_names(), "gnb, empirical_fisher, sign or hutchinson"
         ),
         "hessian_average": Knob("element", str, lambda v: v in AVERAGES, f"one of {', '.join(AVERAGES)}"),
+        "cautious": Knob(False, bool, lambda v: True, "True or False"),
         "bn_momentum": Knob(0.03, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "beta2": Knob(0.99, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
     }
@@ -76,6 +77,7 @@ BORROWED: Mapping[str, Knob] = MappingProxyType(
         "momentum": Knob(None, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
         "weight_decay": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]"),
         "warmup_bias_lr": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+        "cos_lr": Knob(None, bool, lambda v: True, "True or False"),
         "warmup_epochs": Knob(None, float, lambda v: 0 <= v < math.inf, "a number >= 0"),
     }
 )
@@ -199,8 +201,8 @@ def check_value(key: str, value: Any) -> Any:
     knob = KNOBS.get(key) or BORROWED[key]
     if isinstance(value, str) and value.lower() in knob.words:
         return value.lower()
-    accepted = {int: int, float: (int, float), str: str}[knob.kind]
-    if isinstance(value, bool) or not isinstance(value, accepted):
+    accepted = {int: int, float: (int, float), str: str, bool: bool}[knob.kind]
+    if isinstance(value, bool) != (knob.kind is bool) or not isinstance(value, accepted):
         raise TypeError(f"'{key}={value}' is of invalid type {type(value).__name__}; '{key}' must be {knob.expected}.")
     try:
         value = knob.kind(value)

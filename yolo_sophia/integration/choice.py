@@ -13,7 +13,7 @@ from typing import Any
 from yolo_sophia.integration.measure import count_images
 
 SHORT = 1000
-"""Optimizer steps below which a run gets the preset for short runs."""
+"""Optimizer steps below which a fine-tuning gets the preset for short ones."""
 
 
 def choose_preset(arguments: Mapping[str, Any]) -> tuple[str, str]:
@@ -25,10 +25,10 @@ def choose_preset(arguments: Mapping[str, Any]) -> tuple[str, str]:
     steps = optimizer_steps(arguments)
     length = "of unknown length" if steps is None else f"of {steps} steps"
     start = "a fine-tuning" if has_weights(arguments) else "a training from scratch"
-    if steps is not None and steps < SHORT:
-        name = "detect-short"
+    if not has_weights(arguments):
+        name = "detect-scratch"
     else:
-        name = "detect-finetune" if has_weights(arguments) else "detect-scratch"
+        name = "detect-short" if steps is not None and steps < SHORT else "detect-finetune"
     return name, f"chosen for {start} {length}"
 
 

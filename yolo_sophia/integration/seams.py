@@ -6,7 +6,7 @@ Sophia.
 
 Seams (Ultralytics 8.3.0 to 8.4.190):
     utils.DEFAULT_CFG_DICT, DEFAULT_CFG     our keys added in place: `python -m ultralytics.cfg.__init__` shares them
-    cfg.CFG_{FRACTION,INT}_KEYS       the kinds of our keys
+    cfg.CFG_{FRACTION,INT,BOOL}_KEYS       the kinds of our keys
     engine.trainer.BaseTrainer.check_resume     arguments are final here, and no directory is made yet
     engine.trainer.BaseTrainer.build_optimizer  the closed list of optimizers
     engine.trainer.convert_optimizer_state_dict_to_fp16   would halve h, which is tiny
@@ -138,11 +138,10 @@ def _patch_utils(ledger: Ledger, module: ModuleType) -> None:
 
 def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
     for name, keys in (
-        (
-            "CFG_FRACTION_KEYS",
-            {"beta2", "bn_momentum", "clip_fraction", "hessian_fraction"},
-        ),  # rho may be a word: judged with us
+        # rho is among none of them: it may be a word, and is judged with us
+        ("CFG_FRACTION_KEYS", {"beta2", "bn_momentum", "clip_fraction", "hessian_fraction"}),
         ("CFG_INT_KEYS", {"hessian_interval", "hessian_warmup"}),
+        ("CFG_BOOL_KEYS", {"cautious"}),
     ):
         original = module.__dict__.get(name)
         if isinstance(original, (set, frozenset)):

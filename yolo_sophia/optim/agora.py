@@ -40,8 +40,8 @@ class Sophia(DecoupledSophia):
         loss_function: From the model's output and the targets to a scalar loss. For Gauss-Newton-Bartlett one of
             which the likelihood is known: see `curvature.likelihood_of`.
         probes: Hessian-vector products per Hutchinson estimate, >= 1.
-        settings: `seed`, `bias_correction`, `hessian_average`, `foreach`, `fused`, `hessian_dtype`, `momentum_dtype` of
-            `DecoupledSophia`.
+        settings: `seed`, `bias_correction`, `hessian_average`, `cautious`, `foreach`, `fused`, `hessian_dtype`,
+            `momentum_dtype` of `DecoupledSophia`.
 
     Raises:
         TypeError: No likelihood is known for the loss function, or the data is not iterable.

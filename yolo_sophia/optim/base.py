@@ -6,7 +6,7 @@ Paper: arXiv 2305.14342. Its notation, with t the number of Hessian updates:
     m <- b1 m + (1 - b1) g                            every step
     h <- b2 h + (1 - b2) average(h_hat)               every Hessian update, before the parameters move
     theta <- theta - lr wd theta                      decoupled decay
-    theta <- theta - lr clip(m / denominator(h / (1 - b2^t)), bound)
+    theta <- theta - lr clip(m / denominator(h / (1 - b2^t)), bound)      cautious: where it has the sign of g
 """
 
 from __future__ import annotations
@@ -225,6 +225,7 @@ class SophiaBase(Optimizer):
                 maximize=group["maximize"],
                 bound=bound,
                 floor=self.floor,
+                cautious=group["cautious"],
             )
             m, h = ([s[key] for s in states] for key in SETTINGS)
             choose_update(group, params)(params, grads, m, h, scales, rule)
@@ -269,6 +270,7 @@ def optional_settings() -> dict[str, Any]:
         "momentum_dtype": None,
         "bias_correction": False,
         "hessian_average": None,
+        "cautious": False,
         "clip_fraction": None,  # the fraction that rho is steered to, None: rho is fixed
         "rho_measurements": 0,
         "rho_due": False,  # whether h has moved since rho was measured

@@ -95,6 +95,8 @@ class _Chunk:
         update = torch.mul(h, self.scale)
         update = update.clamp_(min=self.eps) if rule.floor else update.add_(self.eps_tensor)
         torch.div(m, update, out=update).clamp_(-rule.bound, rule.bound)
+        if rule.cautious:
+            update.mul_(torch.sign(update * g).mul_(rule.uphill).clamp_(min=0))
         if rule.weight_decay:
             p.mul_(self.shrink)
         p.add_(update, alpha=-rule.lr)

@@ -38,6 +38,7 @@ class DecoupledSophia(RefreshingSophia):
         seed: Seed of the estimates' noise, >= 0.
         bias_correction: Divide h by 1 - b2^t after t refreshes, as Adam does.
         hessian_average: None, "kernel" or "row", as in `SophiaG`.
+        cautious: Move only the coordinates whose update has the sign of the gradient (arXiv 2411.16085).
         foreach: Use the multi-tensor implementation, or (False) the reference; None chooses by device.
         fused: Use one compiled pass: needs a C++ compiler on CPU and Triton on CUDA.
         hessian_dtype: What h is stored in, torch.bfloat16 to save memory; None: the parameter's dtype.
@@ -68,6 +69,7 @@ class DecoupledSophia(RefreshingSophia):
         seed: int = 0,
         bias_correction: bool = False,
         hessian_average: str | None = None,
+        cautious: bool = False,
         foreach: bool | None = None,
         fused: bool = False,
         hessian_dtype: torch.dtype | None = None,
@@ -91,6 +93,7 @@ class DecoupledSophia(RefreshingSophia):
             "momentum_dtype": momentum_dtype,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
+            "cautious": cautious,
         }
         super().__init__(params, defaults, k=k, seed=seed)
 

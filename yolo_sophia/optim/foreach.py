@@ -1,7 +1,8 @@
 """The update rule of Sophia with multi-tensor kernels: the default on CUDA.
 
 A step is a fixed number of kernel launches per device and dtype and never waits for the device. One copy of the
-parameters is alive meanwhile; 16-bit tensors are computed in float32, which takes a copy of each of them as well.
+parameters is alive meanwhile, two where it is cautious; 16-bit tensors are computed in float32, which takes a copy of
+each of them as well.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def apply_rule(
     torch._foreach_mul_(update, m)
     torch._foreach_clamp_min_(update, -rule.bound)
     torch._foreach_clamp_max_(update, rule.bound)
+    if rule.cautious:
+        mask = torch._foreach_mul(update, g)
+        torch._foreach_sign_(mask)
+        torch._foreach_mul_(mask, rule.uphill)
+        torch._foreach_clamp_min_(mask, 0)
+        torch._foreach_mul_(update, mask)
     if rule.weight_decay:
         torch._foreach_mul_(p, shrink)
     if isinstance(lr, Tensor):  # alpha must be a number

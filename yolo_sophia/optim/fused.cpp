@@ -39,7 +39,7 @@ struct Numbers {  // of Rule, in reference.py
 };
 
 // The rule, with torch's rounding: add_(x, alpha) rounds once.
-template <bool floor>
+template <bool floor, bool cautious>
 static void update(const Piece& t, int64_t begin, int64_t end, const Numbers& numbers) {
     const work beta1 = numbers.beta1, gain = numbers.gain, scale = numbers.scale, eps = numbers.eps;
     const work bound = numbers.bound, shrink = numbers.shrink, lr = numbers.lr;
@@ -55,13 +55,18 @@ static void update(const Piece& t, int64_t begin, int64_t end, const Numbers& nu
         work step = momentum / denominator;
         step = step < -bound ? -bound : step;  // these comparisons let NaN pass, as clamp does
         step = step > bound ? bound : step;
+        if (cautious) {  // by the sign of the product, as the other implementations: NaN passes
+            const work product = step * work(g[i]);
+            step = (gain < 0 ? product >= 0 : product <= 0) ? step * 0 : step;
+        }
         m[i] = EXP_AVG(momentum);
         p[i] = PARAM(std::fma(step, -lr, work(p[i]) * shrink));
     }
 }
 
 // Each thread takes an equal part of all entries, wherever the pieces begin and end.
-extern "C" void sophia_update(const Piece* pieces, int64_t length, const Numbers* numbers, int floor, int threads) {
+extern "C" void sophia_update(const Piece* pieces, int64_t length, const Numbers* numbers, int floor, int cautious,
+                              int threads) {
     int64_t total = 0;
     for (int64_t k = 0; k < length; ++k) total += pieces[k].count;
 #pragma omp parallel num_threads(threads)
@@ -77,7 +82,8 @@ extern "C" void sophia_update(const Piece* pieces, int64_t length, const Numbers
             const int64_t begin = first > start ? first - start : 0;
             const int64_t end = last - start < pieces[k].count ? last - start : pieces[k].count;
             if (begin >= end) continue;
-            (floor ? update<true> : update<false>)(pieces[k], begin, end, *numbers);
+            (cautious ? floor ? update<true, true> : update<false, true> : floor ? update<true, false> : update<false, false>)(
+                pieces[k], begin, end, *numbers);
         }
     }
 }

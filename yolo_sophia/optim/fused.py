@@ -12,6 +12,7 @@ There is no fall-back: whoever asks for this and has no compiler gets an error.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -74,7 +75,7 @@ def check_compiler(p: Tensor, exp_avg: torch.dtype, hessian: torch.dtype) -> Non
 def _kernel(param: torch.dtype, exp_avg: torch.dtype, hessian: torch.dtype) -> ctypes._CFuncPtr:
     library = build("fused.cpp", PARAM=NAMES[param], EXP_AVG=NAMES[exp_avg], HESSIAN=NAMES[hessian])
     function = ctypes.CDLL(str(library)).sophia_update
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     function.restype = None
     return function
 
@@ -96,6 +97,7 @@ def _update_on_cpu(bucket: Bucket, rule: Rule) -> None:
         len(pieces) // 5,
         (ctypes.c_double * len(numbers))(*numbers),
         rule.floor,
+        rule.cautious,
         min(torch.get_num_threads(), 1 + total // ENTRIES_PER_THREAD),
     )
 
@@ -104,7 +106,7 @@ def _update_compiled(bucket: Bucket, rule: Rule) -> None:
     p = bucket.params[0]
     # fill_ is a kernel of its own; a copy from the host would wait for the device
     numbers = [torch.full((), x, dtype=working_dtype(p), device=p.device) for x in (bucket.scale, rule.shrink, rule.lr)]
-    constant = Rule(0.0, rule.beta1, float(rule.weight_decay > 0), rule.eps, rule.maximize, rule.bound, rule.floor)
+    constant = replace(rule, lr=0.0, weight_decay=float(rule.weight_decay > 0))
     _compiled()(bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, *numbers, constant)
 
 

@@ -42,6 +42,7 @@ class SophiaH(RefreshingSophia):
         seed: Seed of the signs, >= 0.
         bias_correction: Divide h by 1 - b2^t after t refreshes, as Adam does.
         hessian_average: None, "kernel" or "row", as in `SophiaG`.
+        cautious: Move only the coordinates whose update has the sign of the gradient (arXiv 2411.16085).
         clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1), as in `SophiaG`.
         foreach: Use the multi-tensor implementation, or (False) the reference; None chooses by device.
         fused: Use one compiled pass: needs a C++ compiler on CPU and Triton on CUDA.
@@ -71,6 +72,7 @@ class SophiaH(RefreshingSophia):
         seed: int = 0,
         bias_correction: bool = False,
         hessian_average: str | None = None,
+        cautious: bool = False,
         clip_fraction: float | None = None,
         foreach: bool | None = None,
         fused: bool = False,
@@ -90,6 +92,7 @@ class SophiaH(RefreshingSophia):
             "probes": Hutchinson(probes).probes,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
+            "cautious": cautious,
             "clip_fraction": clip_fraction,
         }
         super().__init__(params, defaults, k=k, seed=seed)

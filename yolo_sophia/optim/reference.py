@@ -3,6 +3,9 @@
     m <- b1 m + (1 - b1) g
     theta <- (1 - lr wd) theta - lr clip(m / denominator(scale h), bound)
 
+A cautious step leaves out the coordinates whose update has not the sign of the gradient (arXiv 2411.16085, without its
+rescaling of the others: lr stays the bound of a coordinate's step).
+
 Paper: arXiv 2305.14342, whose denominator is max(rho h, eps); the official code's is rho h + eps.
 """
 
@@ -28,6 +31,7 @@ class Rule:
         bound: Largest absolute entry of the update, before lr.
         floor: Take eps as the smallest value of the denominator: a negative h, as of Hutchinson's estimate, then
             gives a step of full size along the momentum.
+        cautious: Move only the coordinates whose update has the sign of the gradient.
     """
 
     lr: float
@@ -37,11 +41,17 @@ class Rule:
     maximize: bool
     bound: float = 1.0
     floor: bool = False
+    cautious: bool = False
 
     @property
     def gain(self) -> float:
         """Weight of the gradient in the momentum; negative where the objective is maximized."""
         return self.beta1 - 1 if self.maximize else 1 - self.beta1
+
+    @property
+    def uphill(self) -> int:
+        """Sign of the gradient in the momentum: -1 where the objective is maximized."""
+        return -1 if self.maximize else 1
 
     @property
     def shrink(self) -> float:
@@ -87,6 +97,8 @@ def single_tensor_update(
         update, eps = torch.mul(h, scale), rule.eps_in(dtype)
         update = update.clamp_(min=eps) if rule.floor else update.add_(eps)
         torch.div(m, update, out=update).clamp_(-rule.bound, rule.bound)
+        if rule.cautious:
+            update.mul_(torch.sign(update * g).mul_(rule.uphill).clamp_(min=0))
         if rule.weight_decay:
             p.mul_(rule.shrink)
         p.add_(update, alpha=-rule.lr)

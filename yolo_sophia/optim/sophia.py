@@ -43,6 +43,8 @@ class SophiaG(SophiaBase):
         hessian_average: Replace an estimate by its mean over each "kernel" of a convolution, or over each output "row",
             before it enters h: less noise, one value of h for all of it. For every parameter of more than 2
             (kernel) or 1 (row) dimensions. Off in the official release.
+        cautious: Move only the coordinates whose update has the sign of the gradient (arXiv 2411.16085, without
+            its rescaling of the others). Off in the official release.
         clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1); None takes
             `steering.CLIP_FRACTION`.
 
@@ -72,6 +74,7 @@ class SophiaG(SophiaBase):
         momentum_dtype: torch.dtype | None = None,
         bias_correction: bool = False,
         hessian_average: str | None = None,
+        cautious: bool = False,
         clip_fraction: float | None = None,
     ):
         defaults = {
@@ -87,6 +90,7 @@ class SophiaG(SophiaBase):
             "momentum_dtype": momentum_dtype,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
+            "cautious": cautious,
             "clip_fraction": clip_fraction,
             "hessian_source": None,  # what h was made of: None (no update yet), "grad" (needs bs) or "estimates"
         }
