@@ -429,7 +429,7 @@ def test_the_tuner_starts_from_the_preset_within_its_bounds(tiny_run):
     first = tuner._mutate()
     assert type(first["hessian_interval"]) is int
     assert first["hessian_interval"] in {3, 4}
-    assert (first["rho"], first["beta2"]) == (0.05, SCRATCH["beta2"])
+    assert (first["rho"], first["beta2"]) == (KNOBS["rho"].default, SCRATCH["beta2"])  # "auto" is no start of a search
     assert tuner.args.sophia_typed == "detect-scratch:"
 
 
