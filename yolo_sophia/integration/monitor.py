@@ -51,7 +51,10 @@ class Monitor:
 
     @torch.no_grad()
     def _state_figures(self) -> Tensor:
-        """Clipped fraction, then the norms of m, h (bias corrected) and the update (lr included), shape (4,)."""
+        """Clipped fraction, then the norms of m, h (bias corrected) and the update (lr included), shape (4,).
+
+        A coordinate that a cautious step leaves out counts as clipped or not all the same.
+        """
         clipped, count, norms = [], 0, []
         for group in self.optimizer.param_groups:
             for p in group["params"]:
@@ -65,7 +68,8 @@ class Monitor:
                 update = h * (group["rho"] / correction)
                 update = update.clamp_(min=group["eps"]) if self.optimizer.floor else update.add_(group["eps"])
                 torch.div(m, update, out=update).clamp_(-1, 1)
-                norms.append(torch.stack([m.norm(), h.norm() / correction, update.norm() * float(group["lr"])]))
+                moved = update * (update * p.grad > 0) if group["cautious"] and p.grad is not None else update
+                norms.append(torch.stack([m.norm(), h.norm() / correction, moved.norm() * float(group["lr"])]))
                 clipped.append(update.abs_().floor_().sum())  # 1 where it is clipped, else 0
                 count += p.numel()
         if not count:
