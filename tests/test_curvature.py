@@ -22,8 +22,10 @@ from yolo_sophia.curvature import (
     Categorical,
     EmpiricalFisher,
     GaussNewtonBartlett,
+    Hutchinson,
     Quadratic,
 )
+from yolo_sophia.curvature.losses import cross_entropy
 from yolo_sophia.integration.heads import DetectionTap, UnknownTap, tap_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -239,6 +241,19 @@ def test_noise_comes_from_the_generator_alone():
     assert all(torch.equal(a, b) for a, b in zip(first, same))
     assert not any(torch.equal(a, b) for a, b in zip(first, other))
     assert all(e.shape == p.shape and not e.requires_grad for e, p in zip(first, run.params))
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS.values(), Hutchinson])
+def test_without_a_generator_the_global_one_is_used(estimator):
+    """As in a loop of one's own: estimator(terms, params)."""
+    w = torch.ones(4, 3, requires_grad=True)
+    f = torch.randn(8, 4, generator=seeded()) @ w
+    given = (f.square().sum() if estimator is Hutchinson else cross_entropy(f, torch.arange(8) % 3)), [w]
+    torch.manual_seed(3)
+    (short,) = estimator()(*given)
+    torch.manual_seed(3)
+    (expected,) = estimator()(*given, torch.default_generator)
+    assert torch.equal(short, expected) and short.any()
 
 
 # Inputs of every kind -------------------------------------------------------------------------------------------------

@@ -20,7 +20,11 @@ class Estimator(Protocol):
     """From loss terms to one estimate of the diagonal per parameter."""
 
     def __call__(
-        self, terms: Sequence[LossTerm], params: Sequence[Tensor], generator: Generator | None, scale: float = 1.0
+        self,
+        terms: Sequence[LossTerm],
+        params: Sequence[Tensor],
+        generator: Generator | None = None,
+        scale: float = 1.0,
     ) -> list[Tensor | None]:
         """Estimate the diagonal.
 
@@ -52,7 +56,11 @@ class GaussNewtonBartlett:
     """Unbiased diagonal of the Gauss-Newton matrix: labels sampled from the model (arXiv 2305.14342, section 2.3)."""
 
     def __call__(
-        self, terms: Sequence[LossTerm], params: Sequence[Tensor], generator: Generator | None, scale: float = 1.0
+        self,
+        terms: Sequence[LossTerm],
+        params: Sequence[Tensor],
+        generator: Generator | None = None,
+        scale: float = 1.0,
     ) -> list[Tensor | None]:
         """Estimate with one sample of all labels; see `Estimator`."""
         return _squared_pullback(lambda term: term.sampled(generator), terms, params, scale)
@@ -66,7 +74,11 @@ class EmpiricalFisher:
     """
 
     def __call__(
-        self, terms: Sequence[LossTerm], params: Sequence[Tensor], generator: Generator | None, scale: float = 1.0
+        self,
+        terms: Sequence[LossTerm],
+        params: Sequence[Tensor],
+        generator: Generator | None = None,
+        scale: float = 1.0,
     ) -> list[Tensor | None]:
         """Estimate with the true labels; draws no noise; see `Estimator`."""
         return _squared_pullback(lambda term: term.observed(), terms, params, scale)
@@ -79,7 +91,11 @@ class RandomSigns:
     """
 
     def __call__(
-        self, terms: Sequence[LossTerm], params: Sequence[Tensor], generator: Generator | None, scale: float = 1.0
+        self,
+        terms: Sequence[LossTerm],
+        params: Sequence[Tensor],
+        generator: Generator | None = None,
+        scale: float = 1.0,
     ) -> list[Tensor | None]:
         """Estimate with one set of signs; see `Estimator`."""
 

@@ -35,7 +35,9 @@ class Hutchinson:
             raise ValueError(f"Invalid probes: found {probes!r}, expected a whole number >= 1.")
         self.probes = probes
 
-    def __call__(self, loss: Tensor, params: Sequence[Tensor], generator: Generator | None) -> list[Tensor | None]:
+    def __call__(
+        self, loss: Tensor, params: Sequence[Tensor], generator: Generator | None = None
+    ) -> list[Tensor | None]:
         """Estimate the diagonal.
 
         Args:
