@@ -47,7 +47,7 @@ def test_figure_and_table(name, common, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("larger", [False, True])
 def test_a_diverged_learning_rate_is_never_the_best(common, larger):
-    scores = {0.1: [3.0, 5.0], 0.2: [1.0, 9.5], 0.3: [0.5, math.nan], 0.4: [9.0, math.inf]}
+    scores = {0.3: [0.5, math.nan], 0.1: [3.0, 5.0], 0.2: [1.0, 9.5], 0.4: [9.0, math.inf]}
     trainings = {
         lr: [common.Training(validation=[0.0, last], test=-last) for last in both] for lr, both in scores.items()
     }

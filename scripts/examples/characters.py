@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from yolo_sophia import Sophia, SophiaG
 from yolo_sophia.curvature import GaussNewtonBartlett, OnBatches, likelihood_of
 
-LENGTH, BATCH, WIDTH = 64, 16, 64
+LENGTH, BATCH, WIDTH = 32, 16, 64
 RHO = 0.04
 LOSS = nn.CrossEntropyLoss()
 TEXT = "\n".join(topics[name] for name in sorted(topics))
@@ -107,7 +107,7 @@ ARMS = {
     'SophiaG, rho "auto"': sophia_g,
 }
 TITLE = "Letters of Python's help texts, transformer of one layer"
-EXAMPLE = Example("characters", TITLE, "cross-entropy, nats per letter", problem, ARMS, steps=300)
+EXAMPLE = Example("characters", TITLE, "cross-entropy, nats per letter", problem, ARMS, steps=250)
 
 if __name__ == "__main__":
     main(EXAMPLE, __doc__)
