@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import gymnasium
 import torch
-from common import BETAS, WEIGHT_DECAY, Example, K, Problem, adamw, main
+from common import BETAS, WEIGHT_DECAY, Example, Problem, adamw, main
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yolo_sophia import SophiaG
 from yolo_sophia.curvature import Categorical, Gaussian, GaussNewtonBartlett
 
-EPISODES, LONGEST, DISCOUNT = 8, 500, 0.99
+EPISODES, LONGEST, DISCOUNT = 16, 200, 0.99
 BASELINE = 0.5
 """Weight of the baseline's error in the loss."""
 
@@ -58,7 +58,7 @@ def play(model: nn.Module, episodes: int, seed: int) -> tuple[Tensor, Tensor, Te
 
 
 def problem(seed: int) -> Problem:
-    """A reward of 1 for each step that the pole stays up, 500 at most."""
+    """A reward of 1 for each step that the pole stays up, LONGEST at most."""
     model = Policy()
 
     def batch(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,11 +93,10 @@ def sophia_g(problem: Problem, lr: float, rho: float | str):
     estimator = GaussNewtonBartlett()
 
     def step(number: int, states: Tensor, actions: Tensor, returns: Tensor, advantage: Tensor) -> None:
-        if number % K == 0:
-            logits, values = model(states)
-            of_policy = Categorical(logits, advantage.abs()[:, None] / len(states))
-            of_baseline = Gaussian(values, torch.tensor(2 * BASELINE / len(states)))
-            optimizer.update_hessian(estimator([of_policy, of_baseline], params))
+        logits, values = model(states)
+        of_policy = Categorical(logits, advantage.abs()[:, None] / len(states))
+        of_baseline = Gaussian(values, torch.tensor(2 * BASELINE / len(states)))
+        optimizer.update_hessian(estimator([of_policy, of_baseline], params))  # cheap beside the episodes: each step
         optimizer.zero_grad()
         loss_of(model, states, actions, returns, advantage).backward()
         optimizer.step()
@@ -110,8 +109,10 @@ ARMS = {
     "SophiaG, rho 0.04": lambda problem, lr: sophia_g(problem, lr, 0.04),
     'SophiaG, rho "auto"': lambda problem, lr: sophia_g(problem, lr, "auto"),
 }
-TITLE = "CartPole, REINFORCE with a baseline"
-EXAMPLE = Example("cartpole", TITLE, "mean return", problem, ARMS, steps=80, larger_is_better=True)
+EXAMPLE = Example(
+    "cartpole", "CartPole, REINFORCE with a baseline", "mean return", problem, ARMS, steps=30, larger_is_better=True,
+    scores=10,
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(EXAMPLE, __doc__)

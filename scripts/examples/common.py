@@ -8,6 +8,7 @@ score there. Nothing else is searched.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import statistics
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator
+from PIL import Image
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,8 +32,6 @@ K = 10
 """Steps from one Hessian update to the next."""
 BETAS = (0.95, 0.9)
 """Decays of m and h for Sophia; the default of h, 0.99 per update, remembers 1000 steps: more than trained here."""
-SCORES = 20
-"""Validation scores of a training."""
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Example:
         arms: Optimizers by name, the reference first.
         steps: Steps of a training.
         larger_is_better: Whether the best score is the largest.
+        scores: Validation scores of a training.
         seeds: Number of seeds.
     """
 
@@ -75,6 +76,7 @@ class Example:
     arms: Mapping[str, Arm]
     steps: int
     larger_is_better: bool = False
+    scores: int = 20
     seeds: int = 3
 
 
@@ -116,7 +118,7 @@ def fit(example: Example, arm: Arm, lr: float, seed: int, steps: int) -> Trainin
         step(number, *batch)
         schedule.step()
         training.seconds += time.process_time() - start
-        if (number + 1) % max(1, steps // SCORES) == 0 or number + 1 == steps:
+        if (number + 1) % max(1, steps // example.scores) == 0 or number + 1 == steps:
             training.steps.append(number + 1)
             training.validation.append(scored(problem, "validation"))
     training.test = scored(problem, "test")
@@ -193,6 +195,13 @@ def figure(example: Example, results: Results) -> Figure:
     return drawn
 
 
+def save(drawn: Figure, path: Path) -> None:
+    """Write a PNG of few colours, a third as large as one of all."""
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=110)
+    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+
+
 def main(example: Example, description: str | None) -> None:
     """Run the comparison; write NAME.png and NAME.md."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,5 +218,5 @@ def main(example: Example, description: str | None) -> None:
         print(f"{name}: done", flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / f"{example.name}.md").write_text(table(example, results))
-    figure(example, results).savefig(given.out / f"{example.name}.png", dpi=80)
+    save(figure(example, results), given.out / f"{example.name}.png")
     print(f"\n{example.title}: {example.score}\n\n{table(example, results)}\n{given.out / example.name}.png")
