@@ -46,7 +46,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / scale).item()
 
 
-def official_parity(dtype: torch.dtype, *, foreach: bool, maximize: bool) -> float:
+def official_parity(dtype: torch.dtype, *, foreach: bool | None, maximize: bool) -> float:
     """Return the largest relative difference to `sophia-opt` of any parameter, momentum or curvature in 100 steps.
 
     Both optimizers start from the same point and are given the same gradients (of scales from 1e-3 to 1e3, so that some

@@ -67,6 +67,8 @@ static void update(const Piece& t, int64_t begin, int64_t end, const Numbers& nu
 // Each thread takes an equal part of all entries, wherever the pieces begin and end.
 extern "C" void sophia_update(const Piece* pieces, int64_t length, const Numbers* numbers, int floor, int cautious,
                               int threads) {
+    const auto plain = floor ? update<true, false> : update<false, false>;
+    const auto apply = cautious ? floor ? update<true, true> : update<false, true> : plain;
     int64_t total = 0;
     for (int64_t k = 0; k < length; ++k) total += pieces[k].count;
 #pragma omp parallel num_threads(threads)
@@ -82,8 +84,7 @@ extern "C" void sophia_update(const Piece* pieces, int64_t length, const Numbers
             const int64_t begin = first > start ? first - start : 0;
             const int64_t end = last - start < pieces[k].count ? last - start : pieces[k].count;
             if (begin >= end) continue;
-            (cautious ? floor ? update<true, true> : update<false, true> : floor ? update<true, false> : update<false, false>)(
-                pieces[k], begin, end, *numbers);
+            apply(pieces[k], begin, end, *numbers);
         }
     }
 }

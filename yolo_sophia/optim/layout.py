@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ class Bucket:
     """Tensors of one device, of the same dtypes and of one scale, as parallel lists."""
 
     scale: float
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    hessians: list[Tensor] = field(default_factory=list)
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    hessians: list[Tensor]
 
 
 def buckets(
@@ -27,29 +27,25 @@ def buckets(
     hessians: list[Tensor],
     scales: list[float],
 ) -> Iterable[Bucket]:
-    """Sort the tensors of a step; usually all of a parameter group are of one kind."""
-    found: dict[tuple, Bucket] = {}
-    for p, g, m, h, scale in zip(params, grads, exp_avgs, hessians, scales):
-        key = p.device, p.dtype, m.dtype, h.dtype, scale
-        if (bucket := found.get(key)) is None:
-            bucket = found[key] = Bucket(scale)
-        bucket.params.append(p)
-        bucket.grads.append(g)
-        bucket.exp_avgs.append(m)
-        bucket.hessians.append(h)
-    return found.values()
+    """Sort the tensors of a step by what they have to share; usually all of a parameter group are of one kind."""
+    kinds = [(p.device, p.dtype, m.dtype, h.dtype, s) for p, m, h, s in zip(params, exp_avgs, hessians, scales)]
+    lists = (params, grads, exp_avgs, hessians)
+    if len(different := dict.fromkeys(kinds)) == 1:
+        return [Bucket(scales[0], *lists)]
+    return [
+        Bucket(kind[-1], *([t for t, k in zip(column, kinds) if k == kind] for column in lists)) for kind in different
+    ]
 
 
-def alike(*tensors: Tensor) -> bool:
+def alike(p: Tensor, g: Tensor, m: Tensor, h: Tensor) -> bool:
     """Whether tensors of one shape have no gaps in memory and corresponding entries at the same place."""
-    if all(t.is_contiguous() for t in tensors):
+    if p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and h.is_contiguous():
         return True
-    last = torch.channels_last
-    return tensors[0].dim() == 4 and all(t.is_contiguous(memory_format=last) for t in tensors)
+    return p.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (p, g, m, h))
 
 
-def flattened(*tensors: Tensor) -> tuple[Tensor, ...]:
+def flattened(p: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """One-dimensional views of tensors that are `alike`, in the order of memory."""
-    if all(t.is_contiguous() for t in tensors):
-        return tuple(t.view(-1) for t in tensors)
-    return tuple(t.permute(0, 2, 3, 1).view(-1) for t in tensors)
+    if p.is_contiguous():
+        return p.view(-1), *(t.view(-1) for t in others)
+    return tuple(t.permute(0, 2, 3, 1).view(-1) for t in (p, *others))
