@@ -1,9 +1,11 @@
 """Time of an optimizer step over torch's fused AdamW, on the parameter lists of YOLOv8.
 
-Usage: python scripts/bench_step.py [yolov8n yolov8x ...] [repeats=31] [threads=1] [source=yes]
+Usage: python scripts/bench_step.py [yolov8n yolov8x ...] [repeats=31] [threads=1] [clock=cpu] [source=yes]
 Each repeat takes one step with every optimizer, in another order each time, after `zero_grad(set_to_none=True)` and
 gradients in memory of their own, as a trainer leaves them. Printed: median time and the median of the ratios to AdamW
-of the same repeat. `source=yes` prints the kernel that fused=True compiles on CPU, and the compiler's command, instead.
+of the same repeat. `clock=cpu` measures processor time, which other work on the machine disturbs less; of several
+threads it is the sum, spinning included. `source=yes` prints, instead, the kernel that fused=True compiles on CPU and
+the compiler's command.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch.nn import Parameter
 
 from yolo_sophia.optim import SophiaG, compiler
 
+Clock = Callable[[], float]
 BASE = "AdamW fused"
 WEIGHT_DECAY = 5e-4
 
@@ -60,28 +63,28 @@ def groups(shapes: list[torch.Size]) -> list[dict]:
     ]
 
 
-def step_time(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], name: str) -> float:
+def step_time(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], name: str, clock: Clock) -> float:
     """Seconds of one step on copies of the gradients."""
     optimizer.zero_grad(set_to_none=True)
     for p, gradient in zip((p for group in optimizer.param_groups for p in group["params"]), gradients):
         p.grad = gradient.clone()
-    start = time.perf_counter()
+    start = clock()
     optimizer.step(**({"bs": 16} if name == "official SophiaG" else {}))
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def measure(shapes: list[torch.Size], repeats: int) -> dict[str, list[float]]:
+def measure(shapes: list[torch.Size], repeats: int, clock: Clock) -> dict[str, list[float]]:
     """Times of every optimizer, repeat by repeat."""
     made, gradients = {}, [torch.randn_like(p) for group in groups(shapes) for p in group["params"]]
     for name, build in optimizers().items():
         made[name] = build(groups(shapes))
         if isinstance(made[name], SophiaG):
             made[name].update_hessian([g.square() for g in gradients])
-        step_time(made[name], gradients, name)  # makes the states
+        step_time(made[name], gradients, name, clock)  # makes the states
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(repeats):
         for name in random.sample(list(made), len(made)):
-            times[name].append(step_time(made[name], gradients, name))
+            times[name].append(step_time(made[name], gradients, name, clock))
     return times
 
 
@@ -92,6 +95,7 @@ def main() -> None:
         command = " ".join([*compiler.command(), "-DPARAM=float -DEXP_AVG=float -DHESSIAN=float"])
         print(f"// {command}\n{Path(compiler.__file__).with_name('fused.cpp').read_text()}")
         return
+    clock = time.process_time if words.get("clock") == "cpu" else time.perf_counter
     torch.set_num_threads(int(words.get("threads", 1)))
     from ultralytics.nn.tasks import DetectionModel
 
@@ -99,7 +103,7 @@ def main() -> None:
         shapes = [p.shape for p in DetectionModel(f"{model}.yaml", verbose=False).parameters()]
         count = sum(s.numel() for s in shapes)
         print(f"{model}: {count / 1e6:.2f} M parameters in {len(shapes)} tensors, {torch.get_num_threads()} threads")
-        times = measure(shapes, int(words.get("repeats", 31)))
+        times = measure(shapes, int(words.get("repeats", 31)), clock)
         for name, seconds in times.items():
             ratio = statistics.median(t / base for t, base in zip(seconds, times[BASE]))
             print(f"  {name:<34}{1e3 * statistics.median(seconds):8.2f} ms   {ratio:.2f}", flush=True)

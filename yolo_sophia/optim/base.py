@@ -213,9 +213,11 @@ class SophiaBase(Optimizer):
             if not params:
                 continue
             grads = [self._dense(p.grad, "step()") for p in params]
-            states = [self._state_of(group, p) for p in params]
+            states = [self.state[p] or self._state_of(group, p) for p in params]
             scale, bound = self._scale_and_bound(group)
-            scales = [scale * factor / bias_correction_factor(group, s) for s in states]
+            scales = [scale * factor] * len(states)
+            if group["bias_correction"]:
+                scales = [x / bias_correction_factor(group, s) for x, s in zip(scales, states)]
             _count([s["step"] for s in states])
             rule = Rule(
                 lr=float(group["lr"]),
@@ -279,7 +281,7 @@ def optional_settings() -> dict[str, Any]:
 
 def _count(steps: list[Tensor]) -> None:
     """Add 1 to each; on CPU a tensor 1 for all is several times faster than a number, which becomes one for each."""
-    torch._foreach_add_(steps, torch.ones(()) if all(s.is_cpu for s in steps) else 1)
+    torch._foreach_add_(steps, torch.ones(()) if steps[0].is_cpu else 1)
 
 
 def evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:

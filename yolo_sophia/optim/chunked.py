@@ -1,10 +1,7 @@
 """The update rule of Sophia in pieces that fit the cache: the default on CPU, which needs no compiler.
 
 Operations in a row on whole tensors move them through main memory each time; on a piece that stays in the cache, once.
-And an operation on 16 entries costs about as much as one on 4096. So tensors are cut, or gathered, and the rule is
-arranged so that it takes five operations, with the learning rate in the denominator:
-
-    theta <- (1 - lr wd) theta + clip(m / (-(scale h + eps) / lr), lr bound)
+And an operation on 16 entries costs about as much as one on 4096. So tensors are cut, or gathered.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ PER_THREAD = 32768
 """Torch gives no thread less."""
 
 SMALL = 16384
-"""Tensors below this number of entries are gathered: copying them in and out costs less than five more calls."""
+"""Tensors below this number of entries are gathered: copying them in and out costs less than seven more calls."""
 
 
 def chunked_update(
@@ -42,16 +39,15 @@ def chunked_update(
     for bucket in buckets(params, grads, exp_avgs, hessians, scales):
         chunk = _Chunk(rule, bucket.scale, working_dtype(bucket.params[0]))
         small: list[tuple[Tensor, ...]] = []
-        for tensors in zip(bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians):
+        for tensors in zip(*bucket.columns()):
             if tensors[0].numel() < SMALL:
                 small.append(tensors)
-            elif not alike(*tensors):
-                single_tensor_update(*([t] for t in tensors), [bucket.scale], rule)
-            elif tensors[0].numel() <= size:
-                chunk.update(*flattened(*tensors))
+            elif alike(*tensors):
+                flat = flattened(*tensors)
+                for start in range(0, flat[0].numel(), size):
+                    chunk.update(*(t[start : start + size] for t in flat))
             else:
-                for piece in zip(*(t.split(size) for t in flattened(*tensors))):
-                    chunk.update(*piece)
+                single_tensor_update(*([t] for t in tensors), [bucket.scale], rule)
         for members in _runs(small, size):
             chunk.update_gathered(*map(list, zip(*members)))
 
@@ -73,12 +69,10 @@ class _Chunk:
     """The rule for flat tensors, all of the scale given."""
 
     def __init__(self, rule: Rule, scale: float, dtype: torch.dtype):
-        self.rule, self.dtype = rule, dtype
-        divisor = -rule.lr or -1.0  # without a learning rate nothing moves, and any divisor will do
-        self.scale = scale / divisor
-        # Torch makes a tensor of a number that is an operand at every call, for as long as a small operation takes.
-        self.eps = torch.tensor(rule.eps_in(dtype) / divisor, dtype=dtype)
-        self.reach = rule.lr * rule.bound
+        self.rule, self.dtype, self.scale = rule, dtype, scale
+        # Torch makes a tensor of a number that is an operand at every call, which takes as long as a small operation.
+        numbers = torch.tensor([rule.beta1, rule.eps_in(dtype), rule.shrink], dtype=dtype)
+        self.beta1, self.eps, self.shrink = numbers.unbind()
 
     def update(self, *stored: Tensor) -> None:
         """Update p and m of (p, g, m, h) in place."""
@@ -97,15 +91,14 @@ class _Chunk:
 
     def _apply(self, p: Tensor, g: Tensor, m: Tensor, h: Tensor) -> None:
         rule = self.rule
-        if rule.maximize:
-            m.mul_(rule.beta1).add_(g, alpha=rule.gain)
-        else:
-            m.lerp_(g, rule.gain)
+        m.mul_(self.beta1).add_(g, alpha=rule.gain)
         if rule.floor:
-            update = torch.mul(h, self.scale).clamp_(max=float(self.eps))
+            update = torch.mul(h, self.scale).clamp_(min=float(self.eps))
         else:
             update = torch.add(self.eps, h, alpha=self.scale)
-        torch.div(m, update, out=update).clamp_(-self.reach, self.reach)
-        if rule.cautious:  # the sign of the learning rate is in the update already
-            update.mul_(torch.sign(update * g).mul_(-rule.uphill).clamp_(min=0))
-        torch.add(update, p, alpha=rule.shrink, out=p)
+        torch.div(m, update, out=update).clamp_(-rule.bound, rule.bound)
+        if rule.cautious:
+            update.mul_(torch.sign(update * g).mul_(rule.uphill).clamp_(min=0))
+        if rule.weight_decay:
+            p.mul_(self.shrink)
+        p.add_(update, alpha=-rule.lr)

@@ -31,7 +31,6 @@ struct Piece {
     const PARAM* g;
     EXP_AVG* m;
     const HESSIAN* h;
-    int64_t count;
 };
 
 struct Numbers {  // of Rule, in reference.py
@@ -65,12 +64,15 @@ static void update(const Piece& t, int64_t begin, int64_t end, const Numbers& nu
 }
 
 // Each thread takes an equal part of all entries, wherever the pieces begin and end.
-extern "C" void sophia_update(const Piece* pieces, int64_t length, const Numbers* numbers, int floor, int cautious,
+// The table holds five rows of `length` numbers: the addresses of p, g, m and h, and the number of entries.
+extern "C" void sophia_update(const int64_t* table, int64_t length, const Numbers* numbers, int floor, int cautious,
                               int threads) {
     const auto plain = floor ? update<true, false> : update<false, false>;
     const auto apply = cautious ? floor ? update<true, true> : update<false, true> : plain;
+    const int64_t *params = table, *grads = params + length, *exp_avgs = grads + length, *hessians = exp_avgs + length;
+    const int64_t* counts = hessians + length;
     int64_t total = 0;
-    for (int64_t k = 0; k < length; ++k) total += pieces[k].count;
+    for (int64_t k = 0; k < length; ++k) total += counts[k];
 #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
@@ -80,11 +82,13 @@ extern "C" void sophia_update(const Piece* pieces, int64_t length, const Numbers
 #endif
         const int64_t first = total * thread / team, last = total * (thread + 1) / team;
         int64_t start = 0;
-        for (int64_t k = 0; k < length && start < last; start += pieces[k++].count) {
+        for (int64_t k = 0; k < length && start < last; start += counts[k++]) {
             const int64_t begin = first > start ? first - start : 0;
-            const int64_t end = last - start < pieces[k].count ? last - start : pieces[k].count;
+            const int64_t end = last - start < counts[k] ? last - start : counts[k];
             if (begin >= end) continue;
-            apply(pieces[k], begin, end, *numbers);
+            const Piece piece = {reinterpret_cast<PARAM*>(params[k]), reinterpret_cast<const PARAM*>(grads[k]),
+                                 reinterpret_cast<EXP_AVG*>(exp_avgs[k]), reinterpret_cast<const HESSIAN*>(hessians[k])};
+            apply(piece, begin, end, *numbers);
         }
     }
 }

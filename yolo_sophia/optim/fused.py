@@ -20,7 +20,7 @@ from torch import Tensor
 
 from yolo_sophia.optim.compiler import build
 from yolo_sophia.optim.foreach import apply_rule
-from yolo_sophia.optim.layout import Bucket, alike, buckets
+from yolo_sophia.optim.layout import Bucket, buckets
 from yolo_sophia.optim.reference import Rule, single_tensor_update, working_dtype
 
 NAMES = {torch.float64: "double", torch.float32: "float", torch.float16: "_Float16", torch.bfloat16: "bfloat16"}
@@ -81,24 +81,22 @@ def _kernel(param: torch.dtype, exp_avg: torch.dtype, hessian: torch.dtype) -> c
 
 
 def _update_on_cpu(bucket: Bucket, rule: Rule) -> None:
-    pieces: list[int] = []  # five per tensor: struct Piece of fused.cpp
-    total = 0
-    for tensors in zip(bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians):
-        if not alike(*tensors):
-            single_tensor_update(*([t] for t in tensors), [bucket.scale], rule)
-            continue
-        pieces += [t.data_ptr() for t in tensors]
-        pieces.append(tensors[0].numel())
-        total += pieces[-1]
+    bucket, odd = bucket.parted()
+    if odd:
+        single_tensor_update(odd.params, odd.grads, odd.exp_avgs, odd.hessians, [odd.scale] * len(odd.params), rule)
+    if not bucket.params:
+        return
+    counts = list(map(Tensor.numel, bucket.params))
+    table = [address for column in bucket.columns() for address in map(Tensor.data_ptr, column)] + counts
     eps = rule.eps_in(working_dtype(bucket.params[0]))
     numbers = (rule.beta1, rule.gain, bucket.scale, eps, rule.bound, rule.shrink, rule.lr)  # struct Numbers
     _kernel(bucket.params[0].dtype, bucket.exp_avgs[0].dtype, bucket.hessians[0].dtype)(
-        (ctypes.c_int64 * len(pieces))(*pieces),
-        len(pieces) // 5,
+        (ctypes.c_int64 * len(table))(*table),
+        len(counts),
         (ctypes.c_double * len(numbers))(*numbers),
         rule.floor,
         rule.cautious,
-        min(torch.get_num_threads(), 1 + total // ENTRIES_PER_THREAD),
+        min(torch.get_num_threads(), 1 + sum(counts) // ENTRIES_PER_THREAD),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ class Bucket:
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     hessians: list[Tensor]
+
+    def columns(self) -> tuple[list[Tensor], ...]:
+        """The four lists."""
+        return self.params, self.grads, self.exp_avgs, self.hessians
+
+    def parted(self) -> tuple[Bucket, Bucket | None]:
+        """Part what can be walked as flat arrays from the rest (None where there is none), see `alike`."""
+        if all(all(map(Tensor.is_contiguous, column)) for column in self.columns()):  # nearly always
+            return self, None
+        flat = [alike(*tensors) for tensors in zip(*self.columns())]
+        parts = flat, [not f for f in flat]
+        kept, odd = (Bucket(self.scale, *(list(compress(c, part)) for c in self.columns())) for part in parts)
+        return kept, odd if odd.params else None
 
 
 def buckets(
