@@ -81,7 +81,7 @@ def check_run(run: dict[str, Any], done: Any) -> None:
     folder = Path(run["project"]) / run["name"]
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["optimizer"] == "SophiaG"
-    assert args["sophia_typed"] == "detect:"
+    assert args["sophia_typed"] == "detect-scratch:"
     header, *rows = (folder / "results.csv").read_text().splitlines()
     assert "sophia/clip_fraction" in header
     assert len(rows) == run["epochs"]
