@@ -107,7 +107,8 @@ def test_nothing_of_ours_is_pickled(commands, name):
 
 
 def test_resume_goes_on_from_the_very_state(python, words, tmp_path):
-    knobs = ["nbs=4", "rho=0.3", "hessian_interval=3", "beta2=0.9"]  # 4 steps an epoch: refreshes at steps 0, 3, 6, 9
+    # 4 steps an epoch: refreshes at steps 0, 3, 6, 9
+    knobs = ["nbs=4", "sophia=published", "rho=0.3", "hessian_interval=3", "beta2=0.9"]
     done = python(SCRIPTS / "verify_resume.py", *words, *knobs, "epochs=3", f"output={tmp_path}")
     *equal, saved, loaded, end, kinds = done.stdout.splitlines()
     assert len(equal) == 4

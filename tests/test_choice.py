@@ -54,6 +54,7 @@ def test_steps_are_unknown_where_the_images_are(tmp_path, data):
     assert optimizer_steps(arguments(data=empty)) is None
 
 
+@pytest.mark.slow
 def test_the_count_is_ultralytics_own(tiny_run):
     """`iterations` as Ultralytics passes it to build_optimizer."""
     seen = []
@@ -64,7 +65,7 @@ def test_the_count_is_ultralytics_own(tiny_run):
             return super().build_optimizer(*args, iterations=iterations, **kwargs)
 
     run = {**tiny_run, "epochs": 3, "batch": 6, "nbs": 4, "fraction": 0.8}
-    Watching(overrides={**run, "optimizer": "SGD"})._setup_train()
+    Watching(overrides={**run, "optimizer": "SGD"}).train()
     assert seen == [optimizer_steps(arguments(**run))] == [9]
 
 

@@ -25,7 +25,7 @@ import verify_curvature as verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
 
-SOPHIA = {"optimizer": "SophiaG", "hessian_interval": 1, "beta2": 0.0, "warmup_epochs": 0.0}
+SOPHIA = {"optimizer": "SophiaG", "sophia": "published", "hessian_interval": 1, "beta2": 0.0, "warmup_epochs": 0.0}
 
 
 @pytest.fixture(autouse=True)
