@@ -42,6 +42,7 @@ from yolo_sophia.compare.results import MAP50_95
 from yolo_sophia.compare.worker import BUSY, CHECKPOINT, CURVE, RECEIPT, Recorder, read_curve
 from yolo_sophia.integration import recalibration
 from yolo_sophia.integration.recalibration import recalibrate_before_validation
+from yolo_sophia.presets import load_preset
 
 pytestmark = pytest.mark.slow
 
@@ -695,7 +696,7 @@ def test_all_but_the_statistics_is_as_before(sophia):
         assert not any(module.training for module in validated.modules())
         for old, new in zip(norms(before).values(), norms(validated).values()):
             assert (new.momentum, new.num_batches_tracked) == (old.momentum, old.num_batches_tracked)
-            assert new.momentum == 0.03
+            assert new.momentum == load_preset("detect-scratch").settings["bn_momentum"]
         parameters = zip(before.parameters(), validated.parameters())
         assert all(torch.equal(old, new) for old, new in parameters)
 
