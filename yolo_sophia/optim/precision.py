@@ -1,7 +1,7 @@
 """The memory-lean choice: m and h stored in another dtype than the parameter, by default in none.
 
 The arithmetic stays in float32 (`reference.working_dtype`); only what is kept is rounded. bfloat16 keeps 8 bits: an
-average that moves by less than 1/256 of itself would stand still under rounding to nearest. The momentum moves by more
+average that moves by less than 1/512 of itself stands still under rounding to nearest. The momentum moves by more
 than that in nearly every step (1 - b1 is .035 or more); h does not (1 - b2 is .01), so h is rounded at random: up
 with the probability of the part cut off, which keeps its expectation.
 """
