@@ -1,21 +1,27 @@
 """Time of an optimizer step over torch's fused AdamW, on the parameter lists of YOLOv8.
 
-Usage: python scripts/bench_step.py [yolov8n yolov8x ...] [repeats=31] [threads=1] [clock=cpu] [source=yes]
+Usage: python scripts/bench_step.py [yolov8n yolov8x ...] [device=cuda] [repeats=31] [threads=1] [clock=cpu]
+       python scripts/bench_step.py source=yes [device=cuda]
 Each repeat takes one step with every optimizer, in another order each time, after `zero_grad(set_to_none=True)` and
 gradients in memory of their own, as a trainer leaves them. Printed: median time and the median of the ratios to AdamW
 of the same repeat. `clock=cpu` measures processor time, which other work on the machine disturbs less; of several
-threads it is the sum, spinning included. `source=yes` prints, instead, the kernel that fused=True compiles on CPU and
-the compiler's command.
+threads it is the sum, spinning included. With device=cuda a step begins and ends with an idle device; printed as well:
+the time between two events on the device, and the memory that a step takes beside parameters, gradients and states.
+`source=yes` prints, instead, the kernel that fused=True compiles: on CPU the C++ source and the compiler's command, on
+CUDA the Triton source that torch.compile makes.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,9 +59,18 @@ def optimizers() -> dict[str, Callable]:
     return found
 
 
-def groups(shapes: list[torch.Size]) -> list[dict]:
+@dataclass
+class Cost:
+    """Of one step: seconds, seconds between two events on the device, and bytes that it takes for itself."""
+
+    host: float
+    device: float = math.nan
+    memory: int = 0
+
+
+def groups(shapes: list[torch.Size], device: torch.device) -> list[dict]:
     """Parameter groups as Ultralytics makes them: weights decay, biases and norms do not."""
-    params = [Parameter(torch.randn(s) * 0.05) for s in shapes]
+    params = [Parameter(torch.randn(s, device=device) * 0.05) for s in shapes]
     kernels = [p for p in params if p.dim() > 1]
     return [
         {"params": kernels, "weight_decay": WEIGHT_DECAY},
@@ -63,50 +78,79 @@ def groups(shapes: list[torch.Size]) -> list[dict]:
     ]
 
 
-def step_time(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], name: str, clock: Clock) -> float:
-    """Seconds of one step on copies of the gradients."""
+def step_cost(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], name: str, clock: Clock) -> Cost:
+    """Cost of one step on copies of the gradients."""
     optimizer.zero_grad(set_to_none=True)
     for p, gradient in zip((p for group in optimizer.param_groups for p in group["params"]), gradients):
         p.grad = gradient.clone()
-    start = clock()
-    optimizer.step(**({"bs": 16} if name == "official SophiaG" else {}))
-    return clock() - start
+    step = partial(optimizer.step, **({"bs": 16} if name == "official SophiaG" else {}))
+    if not gradients[0].is_cuda:
+        start = clock()
+        step()
+        return Cost(clock() - start)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held, start = torch.cuda.memory_allocated(), clock()
+    first.record()
+    step()
+    last.record()
+    torch.cuda.synchronize()
+    return Cost(clock() - start, first.elapsed_time(last) / 1e3, torch.cuda.max_memory_allocated() - held)
 
 
-def measure(shapes: list[torch.Size], repeats: int, clock: Clock) -> dict[str, list[float]]:
-    """Times of every optimizer, repeat by repeat."""
-    made, gradients = {}, [torch.randn_like(p) for group in groups(shapes) for p in group["params"]]
+def measure(shapes: list[torch.Size], repeats: int, clock: Clock, device: torch.device) -> dict[str, list[Cost]]:
+    """Costs of every optimizer, repeat by repeat."""
+    made, gradients = {}, [torch.randn_like(p) for group in groups(shapes, device) for p in group["params"]]
     for name, build in optimizers().items():
-        made[name] = build(groups(shapes))
+        made[name] = build(groups(shapes, device))
         if isinstance(made[name], SophiaG):
             made[name].update_hessian([g.square() for g in gradients])
-        step_time(made[name], gradients, name, clock)  # makes the states
-    times: dict[str, list[float]] = {name: [] for name in made}
+        for _ in range(3):  # makes the states, compiles
+            step_cost(made[name], gradients, name, clock)
+    costs: dict[str, list[Cost]] = {name: [] for name in made}
     for _ in range(repeats):
         for name in random.sample(list(made), len(made)):
-            times[name].append(step_time(made[name], gradients, name, clock))
-    return times
+            costs[name].append(step_cost(made[name], gradients, name, clock))
+    return costs
+
+
+def print_source(device: torch.device) -> None:
+    """The kernel of fused=True."""
+    if device.type == "cpu":
+        command = " ".join([*compiler.command(), "-DPARAM=float -DEXP_AVG=float -DHESSIAN=float"])
+        print(f"// {command}\n{Path(compiler.__file__).with_name('fused.cpp').read_text()}")
+        return
+    torch._logging.set_logs(output_code=True)  # to stderr
+    params = [Parameter(torch.randn(s, device=device)) for s in [(16, 3, 3, 3), (32, 16, 3, 3)]]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    SophiaG(params, fused=True).step()
 
 
 def main() -> None:
     """Print one table per model."""
     words = dict(w.split("=") for w in sys.argv[1:] if "=" in w)
+    device = torch.device(words.get("device", "cpu"))
     if words.get("source"):
-        command = " ".join([*compiler.command(), "-DPARAM=float -DEXP_AVG=float -DHESSIAN=float"])
-        print(f"// {command}\n{Path(compiler.__file__).with_name('fused.cpp').read_text()}")
-        return
+        return print_source(device)
     clock = time.process_time if words.get("clock") == "cpu" else time.perf_counter
     torch.set_num_threads(int(words.get("threads", 1)))
     from ultralytics.nn.tasks import DetectionModel
 
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     for model in [w for w in sys.argv[1:] if "=" not in w] or ["yolov8n", "yolov8x"]:
         shapes = [p.shape for p in DetectionModel(f"{model}.yaml", verbose=False).parameters()]
         count = sum(s.numel() for s in shapes)
-        print(f"{model}: {count / 1e6:.2f} M parameters in {len(shapes)} tensors, {torch.get_num_threads()} threads")
-        times = measure(shapes, int(words.get("repeats", 31)), clock)
-        for name, seconds in times.items():
-            ratio = statistics.median(t / base for t, base in zip(seconds, times[BASE]))
-            print(f"  {name:<34}{1e3 * statistics.median(seconds):8.2f} ms   {ratio:.2f}", flush=True)
+        print(f"{model}: {count / 1e6:.2f} M parameters in {len(shapes)} tensors, {place}")
+        costs = measure(shapes, int(words.get("repeats", 31)), clock, device)
+        for name, found in costs.items():
+            ratio = statistics.median(c.host / base.host for c, base in zip(found, costs[BASE]))
+            row = f"  {name:<34}{1e3 * statistics.median(c.host for c in found):8.2f} ms   {ratio:.2f}"
+            if device.type == "cuda":
+                row += f"   {1e3 * statistics.median(c.device for c in found):8.2f} ms on the device"
+                row += f"   {max(c.memory for c in found) / 2**20:8.1f} MiB"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

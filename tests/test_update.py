@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import weakref
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from yolo_sophia.optim import SophiaG, chunked, compiler, fused
 from yolo_sophia.optim.foreach import apply_rule, foreach_update
+from yolo_sophia.optim.layout import Bucket
 from yolo_sophia.optim.precision import round_at_random
 from yolo_sophia.optim.reference import Rule, single_tensor_update
 from yolo_sophia.optim.update import choose_update
@@ -238,6 +239,18 @@ def test_the_step_for_cuda_is_one_graph_whatever_the_learning_rate():
         single_tensor_update(*twins, [scale] * 2, rule)
     assert len(graphs) == 1
     assert_close(tensors[0] + tensors[2], twins[0] + twins[2])
+
+
+def test_the_step_for_cuda_has_no_limit_of_lists(monkeypatch):
+    """Of one function, torch.compile takes eight variants: three models of three parameter groups are one too many."""
+    fused._compiled.cache_clear()
+    monkeypatch.setattr(fused.torch, "compile", partial(torch.compile, backend="eager"))
+    for count in range(1, 12):
+        tensors = [[torch.full((3,), x) for _ in range(count)] for x in (1.0, 1.0, 0.0, 0.0)]
+        with torch.no_grad():
+            fused._update_compiled(Bucket(1.0, *tensors), Rule(0.5, 0.9, 0.0, 1e-15, False))
+        assert all(p.tolist() == [0.5] * 3 for p in tensors[0])
+    fused._compiled.cache_clear()
 
 
 # Memory

@@ -12,8 +12,10 @@ There is no fall-back: whoever asks for this and has no compiler gets an error.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -105,9 +107,12 @@ def _update_compiled(bucket: Bucket, rule: Rule) -> None:
     # fill_ is a kernel of its own; a copy from the host would wait for the device
     numbers = [torch.full((), x, dtype=working_dtype(p), device=p.device) for x in (bucket.scale, rule.shrink, rule.lr)]
     constant = replace(rule, lr=0.0, weight_decay=float(rule.weight_decay > 0))
-    _compiled()(bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, *numbers, constant)
+    update = _compiled(tuple(p.shape for p in bucket.params))
+    update(bucket.params, bucket.grads, bucket.exp_avgs, bucket.hessians, *numbers, constant)
 
 
 @cache
-def _compiled():
-    return torch.compile(apply_rule, fullgraph=True, dynamic=False)
+def _compiled(shapes: tuple[torch.Size, ...]) -> Callable:
+    """The rule compiled for one list: of one code object, torch.compile takes eight variants, then it raises."""
+    own = FunctionType(apply_rule.__code__.replace(), apply_rule.__globals__)
+    return torch.compile(own, fullgraph=True, dynamic=False)

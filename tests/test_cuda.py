@@ -1,0 +1,336 @@
+"""What only a GPU shows: kernels, waiting, half precision, compiled training, two ranks over NCCL.
+
+`YOLO_SOPHIA_TEST_DEVICE=cpu pytest tests/test_cuda.py` runs the bodies that do not count kernels or waits on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from test_update import LEAN, assert_close, laid_out
+from tiny_models import batch_of, build
+from torch import Generator, Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+from ultralytics import YOLO
+from ultralytics.engine import trainer as engine
+
+from yolo_sophia import install
+from yolo_sophia.curvature import EmpiricalFisher, GaussNewtonBartlett
+from yolo_sophia.integration.heads import tap_for
+from yolo_sophia.optim import SophiaG, SophiaH, base
+from yolo_sophia.optim.chunked import chunked_update
+from yolo_sophia.optim.foreach import foreach_update
+from yolo_sophia.optim.fused import fused_update
+from yolo_sophia.optim.reference import single_tensor_update
+from yolo_sophia.optim.update import choose_update
+
+DEVICE = torch.device(os.environ.get("YOLO_SOPHIA_TEST_DEVICE", "cuda:0"))
+GPU = DEVICE.type == "cuda"
+STEPS, IMPLEMENTATIONS = 100, (single_tensor_update, chunked_update, foreach_update, fused_update)
+SHAPES = [(300,), (), (7,), (0, 3), (2, 8, 3, 3), (16, 4, 3, 3), (5, 6), (40, 20), (1025,), (3, 1, 7, 7)]
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(GPU and not torch.cuda.is_available(), reason="needs a CUDA GPU, torch.cuda finds none"),
+]
+counts_on_the_gpu = pytest.mark.skipif(not GPU, reason="the CPU has no kernels to count or wait for")
+install()
+
+
+@pytest.fixture(autouse=True)
+def _single_precision():
+    """No TF32: equality to rounding is asked for."""
+    with torch.backends.cudnn.flags(allow_tf32=False, benchmark=False):
+        yield
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise where the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# The step -------------------------------------------------------------------------------------------------------------
+
+
+def steps(way=None, steps: int = STEPS, **settings) -> list[Tensor]:
+    """Parameters, m and h after steps on drawn gradients, by the implementation given."""
+    noise = Generator().manual_seed(0)
+
+    def draw(i: int) -> Tensor:
+        return laid_out(torch.randn(SHAPES[i], generator=noise).to(DEVICE), i)
+
+    params = [Parameter(draw(i)) for i in range(len(SHAPES))]
+    groups = [{"params": params[:4], "weight_decay": 0.0}, {"params": params[4:], "rho": 0.3}]
+    optimizer = SophiaG(groups, lr=0.01, bias_correction=True, **settings)
+    for step in range(steps):
+        if step % 10 == 3:
+            optimizer.update_hessian([(e := draw(i)).square() * (e.abs() > 0.1) for i in range(len(SHAPES))])
+        for i, p in enumerate(params):
+            p.grad = draw(i)
+        optimizer.step()
+    return [t.detach() for p in params for t in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["hessian"])]
+
+
+@pytest.fixture
+def by(monkeypatch):
+    """Run `steps` by an implementation, whatever the device would choose."""
+
+    def run(way, **settings) -> list[Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "choose_update", lambda *_: way)
+            return steps(**settings)
+
+    return run
+
+
+@pytest.mark.parametrize("way", IMPLEMENTATIONS[1:], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("settings", [{}, {"cautious": True}, LEAN], ids=["plain", "cautious", "bf16-states"])
+def test_every_implementation_equals_the_reference(by, way, settings):
+    found, expected = by(way, **settings), by(single_tensor_update, **settings)
+    if settings != LEAN:
+        assert_close(found, expected)
+    for i, (a, b) in enumerate(zip(found, expected)):
+        assert a.device.type == DEVICE.type and a.dtype == b.dtype
+        # A stored value that rounds the other way is off by one part in 128 and is forgotten within a few steps.
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 if i % 3 == 0 else 1e-2, check_stride=False)
+
+
+@counts_on_the_gpu
+def test_the_default_is_foreach():
+    group = {"fused": False, "foreach": None}
+    assert choose_update(group, [Parameter(torch.ones(2, device=DEVICE))]) is foreach_update
+
+
+@counts_on_the_gpu
+@pytest.mark.parametrize("settings", [{}, {"rho": "auto"}, {"fused": True}, {"rho": "auto", **LEAN}], ids=str)
+@pytest.mark.parametrize("kind", [SophiaG, SophiaH])
+def test_a_step_waits_for_nothing(kind, settings):
+    params = [Parameter(torch.randn(s, device=DEVICE)) for s in [(8, 3, 3, 3), (8,), (300,)]]
+    optimizer = kind(params, bias_correction=True, **settings, **({"k": None} if kind is SophiaH else {}))
+    optimizer.update_hessian([torch.rand_like(p) for p in params])
+    for waits in (contextlib.nullcontext, no_waiting, no_waiting):  # the first step compiles, and measures rho
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with waits():
+            optimizer.step()
+    if settings.get("rho") == "auto":
+        assert optimizer.param_groups[0]["rho_measurements"] == 1
+
+
+@counts_on_the_gpu
+@pytest.mark.parametrize(
+    ("flags", "limit"), [({"fused": True}, 2 * 5), ({"foreach": True}, 2 * 48), ({"foreach": False}, math.inf)], ids=str
+)
+def test_kernels_of_a_step(flags, limit):
+    """Fused: one for each group, or two (Inductor takes about 250 tensors into one), and three to write numbers."""
+    groups = [
+        {"params": [Parameter(torch.randn(8, 4 + i % 3, 3, 3, device=DEVICE)) for i in range(60)]},
+        {"params": [Parameter(torch.randn(8 + i % 3, device=DEVICE)) for i in range(60)], "weight_decay": 0.0},
+    ]
+    optimizer = SophiaG(groups, **flags)
+    for p in (p for group in groups for p in group["params"]):
+        p.grad = torch.randn_like(p)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    kernels = Counter(e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    kernels = {name[:90]: n for name, n in kernels.items() if not name.startswith(("Mem", "ProfilerStep"))}
+    print(f"\nkernels of a step over 2 groups of 60 parameters, {flags}: {sum(kernels.values())}")  # noqa: T201
+    for name, n in kernels.items():
+        print(f"  {n:5} {name}")  # noqa: T201
+    assert kernels, "the profiler saw no kernel"
+    assert sum(kernels.values()) <= limit, kernels
+
+
+# Estimates ------------------------------------------------------------------------------------------------------------
+
+
+class Dice(TorchFunctionMode):
+    """Draws on the CPU, from one generator, for whatever device: the same labels there and here."""
+
+    DRAWS = (torch.rand, torch.randn, torch.randint, torch.bernoulli)
+
+    def __init__(self):
+        super().__init__()
+        self.generator = Generator().manual_seed(0)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func not in self.DRAWS:
+            return func(*args, **kwargs)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        device = tensors[0].device if tensors else kwargs.pop("device", "cpu")
+        moved = [a.cpu() if isinstance(a, Tensor) else a for a in args]
+        return func(*moved, **{**kwargs, "generator": self.generator}).to(device)
+
+
+@pytest.mark.parametrize("task", ["detect", "classify"])
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett, EmpiricalFisher])
+def test_estimate_equals_that_of_the_cpu_for_the_same_labels(task, estimator):
+    def estimate(device) -> tuple[list[str], list[Tensor]]:
+        model = build(task).to(device)
+        if hasattr(model, "criterion"):
+            del model.criterion  # holds tensors of the device it was made on
+        batch = {key: value.to(device) for key, value in batch_of(task).items()}
+        model.criterion = model.init_criterion()
+        tap = tap_for(model, model.criterion)
+        tap.arm()
+        model(batch)
+        names, params = zip(*model.named_parameters())
+        kept = [i for i, p in enumerate(params) if p.requires_grad]
+        with Dice():
+            values = estimator()(tap.terms(), [params[i] for i in kept])
+        return [names[i] for i in kept], values
+
+    (names, found), (_, expected) = estimate(DEVICE), estimate("cpu")
+    for name, a, b in zip(names, found, expected):
+        assert (a is None) == (b is None), name
+        if b is not None:
+            off = ((a.cpu() - b).norm() / b.norm().clamp(min=1e-30)).item()
+            assert off < 2e-3, f"{name}: the estimate is off by {off:.1e} of its norm"
+
+
+def test_sophia_h_on_a_closure():
+    noise = Generator().manual_seed(0)
+    x, w = torch.randn(64, 5, generator=noise).to(DEVICE), Parameter(torch.zeros(5, device=DEVICE))
+    target = x @ torch.arange(5.0, device=DEVICE)
+    optimizer = SophiaH([w], lr=0.1, rho=1.0, weight_decay=0.0, k=2, probes=100)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (x @ w - target).square().mean() / 2
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(100)]
+    assert losses[-1] < 0.1 * losses[0], losses
+    h = optimizer.state[w]["hessian"] / (1 - 0.99 ** optimizer.state[w]["hessian_updates"])
+    torch.testing.assert_close(h, (x.T @ x / 64).diagonal().detach(), rtol=0.1, atol=0.05)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory) -> Path:
+    """YAML of a detector of four convolutions and YOLOv8's head: quick to compile."""
+    layout = {"nc": 6, "backbone": [[-1, 1, "Conv", [8, 3, 2]]] * 4, "head": [[[2, 3], 1, "Detect", ["nc"]]]}
+    path = tmp_path_factory.mktemp("model") / "small.yaml"
+    path.write_text(yaml.safe_dump(layout))
+    return path
+
+
+@pytest.fixture
+def train(tiny_data, small_model, tmp_path, monkeypatch):
+    """Train the small model under Ultralytics and look at what is left: finite, with Hessian updates."""
+    monkeypatch.setattr(engine, "check_amp", lambda model: True)  # it would download a model
+
+    def run(model=None, seen=None, **settings):
+        given = {
+            "data": str(tiny_data),
+            "imgsz": 64,
+            "epochs": 4,
+            "batch": 8,
+            "nbs": 8,
+            "workers": 0,
+            "device": 0 if GPU else "cpu",
+            "optimizer": "SophiaG",
+            "hessian_interval": 2,
+            "plots": False,
+            "val": False,
+            "project": str(tmp_path),
+            "name": "run",
+            "exist_ok": True,
+        }
+        yolo = YOLO(str(model or small_model))
+        last = SimpleNamespace(seen=0)
+        yolo.add_callback("on_hessian_update", lambda trainer: setattr(last, "seen", last.seen + 1))
+        for event, callback in seen or ():
+            yolo.add_callback(event, callback)
+        try:
+            yolo.train(**({"resume": True} if settings.get("resume") else given | settings))
+        except Interrupted:
+            return tmp_path / "run/weights/last.pt"
+        last.trainer = trainer = yolo.trainer
+        last.group = trainer.optimizer.param_groups[0]
+        assert last.seen > 0 and last.group["hessian_updates"] >= last.seen, f"{last.seen} Hessian updates"
+        for state in trainer.optimizer.state.values():
+            assert state["hessian"].device.type == DEVICE.type and state["hessian"].dtype == torch.float32
+            assert state["hessian"].isfinite().all(), "h is not finite"
+            assert state["exp_avg"].isfinite().all(), "m is not finite"
+        assert any(state["hessian"].any() for state in trainer.optimizer.state.values()), "h is 0 everywhere"
+        for name, p in trainer.model.named_parameters():
+            assert p.isfinite().all(), f"{name} is not finite"
+        return last
+
+    return run
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fraction", [0.25, 1.0], ids=["part", "whole"])
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "fp16"])
+def test_training(train, amp, fraction):
+    run = train(amp=amp, hessian_fraction=fraction, epochs=8 if amp else 2)
+    assert run.trainer.scaler.is_enabled() == (amp and GPU)
+    if amp and GPU:
+        assert run.trainer.scaler.get_scale() > 0 and math.isfinite(run.trainer.scaler.get_scale())
+
+
+def test_training_with_sophia_h(train):
+    train(optimizer="SophiaH", amp=False, epochs=2)
+
+
+def test_resume(train):
+    def interrupt(trainer) -> None:
+        if trainer.epoch == 1:
+            raise Interrupted
+
+    last = train(amp=True, seen=[("on_fit_epoch_end", interrupt)])
+    saved = torch.load(last, weights_only=False)["optimizer"]
+    updates, refreshes = (saved["param_groups"][0][key] for key in ("hessian_updates", "refresh_index"))
+    run = train(model=last, resume=True)
+    assert run.trainer.start_epoch == 2 and run.trainer.epoch == 3
+    assert run.group["hessian_updates"] == updates + run.seen > updates
+    assert run.group["refresh_index"] > refreshes
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25], ids=["whole", "part"])
+def test_compiled_training(train, fraction):
+    run = train(compile=True, amp=False, epochs=2, hessian_fraction=fraction)
+    assert hasattr(run.trainer.model, "_orig_mod"), "Ultralytics did not compile the model"
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_over_nccl(tiny_data, small_model, tmp_path, python):
+    """Ultralytics starts the ranks itself; the model's weights and the counters end as those of rank 0."""
+    code = f"""
+import yolo_sophia; yolo_sophia.install()
+from ultralytics import YOLO
+YOLO({str(small_model)!r}).train(data={str(tiny_data)!r}, imgsz=64, epochs=2, batch=8, nbs=8, workers=0, device=[0, 1],
+    optimizer="SophiaG", hessian_interval=2, plots=False, amp=False, project={str(tmp_path)!r}, name="run")
+"""
+    python("-c", code)
+    saved = torch.load(tmp_path / "run/weights/last.pt", weights_only=False)["train_results"]
+    assert saved["sophia/refreshes"][-1] > 0 and saved["sophia/dropped"][-1] == 0
