@@ -67,7 +67,7 @@ def no_waiting() -> Iterator[None]:
 # The step -------------------------------------------------------------------------------------------------------------
 
 
-def steps(way=None, steps: int = STEPS, **settings) -> list[Tensor]:
+def steps(**settings) -> list[Tensor]:
     """Parameters, m and h after steps on drawn gradients, by the implementation given."""
     noise = Generator().manual_seed(0)
 
@@ -77,7 +77,7 @@ def steps(way=None, steps: int = STEPS, **settings) -> list[Tensor]:
     params = [Parameter(draw(i)) for i in range(len(SHAPES))]
     groups = [{"params": params[:4], "weight_decay": 0.0}, {"params": params[4:], "rho": 0.3}]
     optimizer = SophiaG(groups, lr=0.01, bias_correction=True, **settings)
-    for step in range(steps):
+    for step in range(STEPS):
         if step % 10 == 3:
             optimizer.update_hessian([(e := draw(i)).square() * (e.abs() > 0.1) for i in range(len(SHAPES))])
         for i, p in enumerate(params):
