@@ -130,6 +130,7 @@ def main() -> None:
     imgsz, nbs, seconds = (given.pop(key, default) for key, default in (("imgsz", 160), ("nbs", 16), ("seconds", 150)))
     optimizer, file = given.pop("optimizer", "SophiaG"), given.pop("file", None)
     knobs = {key: given.pop(key) for key in (KNOBS.keys() | {"sophia"}) - {"hessian_interval"} if key in given}
+    knobs.setdefault("hessian_warmup", 0)  # the refreshes of the first steps are not part of a cycle
     knobs["hessian_interval"], accumulate = MEASURED, max(1, round(nbs / BATCH))
     with tempfile.TemporaryDirectory() as folder:
         root = generate(f"{folder}/shapes", train=640, val=8)
