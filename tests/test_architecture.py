@@ -14,7 +14,7 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "presets": {"curvature"},
     "autoload": {"integration"},
     "shapes": set(),
-    "integration": {"optim", "curvature", "presets", "autoload", "integration"},
+    "integration": {"optim", "curvature", "presets", "autoload", "shapes", "integration"},
     "compare": {"optim", "curvature", "presets", "autoload", "integration", "shapes", "compare"},
     "tune": {"presets", "integration", "compare", "tune"},
     "cli": {"optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"yolo-sophia {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("status", help="print versions, autoload, seams, and where the optimizer comes from")
+    state = commands.add_parser("status", help="print versions, autoload, seams, and where the optimizer comes from")
+    state.add_argument("--check", action="store_true", help="also train, in half a minute, to see that all of it works")
     show = commands.add_parser("presets", help="list the presets, or print one: its numbers and their origins")
     show.add_argument("preset", nargs="?", help="name of a preset or path of a YAML file")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    return _guarded(status) if arguments.command == "status" else _guarded(presets, arguments.preset)
+    return _guarded(status, arguments.check) if arguments.command == "status" else _guarded(presets, arguments.preset)
 
 
 def _guarded(command: Callable[..., int], *arguments: Any) -> int:
@@ -68,8 +69,12 @@ def _with_words(name: str, words: Sequence[str]) -> int:
     return command.main(words)
 
 
-def status() -> int:
-    """Print versions, the state of the autoload and of every seam; 1 where something does not fit."""
+def status(check: bool = False) -> int:
+    """Print versions, the state of the autoload and of every seam; 1 where something does not fit.
+
+    Args:
+        check: Whether to try the installed Ultralytics with tiny trainings as well.
+    """
     versions = {name: _version(name) for name in ("ultralytics", "torch")}
     print(f"yolo-sophia {__version__}, Python {sys.version.split()[0]}")
     print("".join(f"{name} {version or 'is not installed'}, " for name, version in versions.items()).rstrip(", "))
@@ -77,6 +82,7 @@ def status() -> int:
     print(f"autoload: {_autoload_state()}")
     if not versions["ultralytics"]:
         return 1
+    from yolo_sophia.integration import check as tried
     from yolo_sophia.integration.status import seam_report
     from yolo_sophia.presets import preset_directory, preset_names
 
@@ -86,8 +92,14 @@ def status() -> int:
         print(f"PROBLEM: {problem}")
     print(f"presets: {', '.join(preset_names())} (in {preset_directory()})")
     ready = "ready" if autoload.installed() else "ready after yolo_sophia.install()"
-    print(f"state: {'optimizer=SophiaG cannot be used' if problems else ready}")
-    return 1 if problems else 0
+    failed = False
+    if check:
+        print("check:", flush=True)
+        answers = tried.check()
+        print(tried.table(answers))
+        failed = any(answer.result != "ok" for answer in answers)
+    print(f"state: {'optimizer=SophiaG cannot be used' if problems or failed else ready}")
+    return 1 if problems or failed else 0
 
 
 def _version(name: str) -> str | None:
