@@ -290,6 +290,7 @@ def child_order(order: str) -> dict[str, Any]:
         trainer.BaseTrainer.check_resume,
         trainer.BaseTrainer.build_optimizer,
         trainer.convert_optimizer_state_dict_to_fp16,
+        trainer.strip_optimizer,
         tuner.Tuner.__init__,
     ]
     report: dict[str, Any] = {
@@ -322,7 +323,7 @@ def test_order(order, fresh, plain):
     switches = [step for step in order.split() if step in {"autoload", "install", "uninstall"}]
     on = switches[-1] != "uninstall"
     assert report["installed"] == on
-    assert report["wrapped"] == [on] * 4
+    assert report["wrapped"] == [on] * 5
     assert not report["wrapped twice"]
     assert report["keys"] == [on] * 6
     # uninstall() follows: nothing of ours may be left, and the very objects of before are back.
@@ -344,6 +345,7 @@ def test_the_watch_sees_our_seams(fresh, plain):
         "ultralytics.engine.trainer.BaseTrainer.check_resume",
         "ultralytics.engine.trainer.BaseTrainer.build_optimizer",
         "ultralytics.engine.trainer.convert_optimizer_state_dict_to_fp16",
+        "ultralytics.engine.trainer.strip_optimizer",
         "ultralytics.engine.tuner.Tuner.__init__",
     } <= set(seen)
     assert "ultralytics.utils.torch_utils.convert_optimizer_state_dict_to_fp16" not in seen

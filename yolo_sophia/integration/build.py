@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer,
 from yolo_sophia.integration.dotted import build_dotted
 from yolo_sophia.integration.heads import tap_for
 from yolo_sophia.integration.training import Session, unwrap
+from yolo_sophia.integration.whole import reworded
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.optim.base import SophiaBase
 
@@ -125,22 +125,8 @@ def parameter_groups(original: Callable, call: dict[str, Any], shown: str, **ext
         shown: Name for the line that it logs.
         extra: What every group gets.
     """
-    rename = _Rename("AdamW(", f"{shown}(")
-    LOGGER.addFilter(rename)
-    try:
+    with reworded("AdamW(", f"{shown}("):
         template = original(**{**call, "name": "AdamW"})
-    finally:
-        LOGGER.removeFilter(rename)
     kept = ("params", "weight_decay", "param_group")  # the last one since 8.4
     extra = {KEEP_FLOAT32: True, **extra}
     return [{**{key: group[key] for key in kept if key in group}, **extra} for group in template.param_groups]
-
-
-class _Rename(logging.Filter):
-    def __init__(self, old: str, new: str):
-        super().__init__()
-        self.old, self.new = old, new
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg = str(record.msg).replace(self.old, self.new)
-        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 PANELS = (
@@ -56,5 +57,7 @@ def plot_sophia(results: str | Path) -> Path:
         f"SophiaG: {float(last['sophia/refreshes']):.0f} Hessian updates, {float(last['sophia/dropped']):.0f} dropped"
     )
     target = results.with_name("sophia.png")
-    figure.savefig(target, dpi=150)
+    partial = target.with_name(f".{target.name}")
+    figure.savefig(partial, format="png", dpi=150)
+    os.replace(partial, target)  # whole, whenever the process is killed
     return target

@@ -10,6 +10,7 @@ Seams (Ultralytics 8.3.0 to 8.4.190):
     engine.trainer.BaseTrainer.check_resume     arguments are final here, and no directory is made yet
     engine.trainer.BaseTrainer.build_optimizer  the closed list of optimizers
     engine.trainer.convert_optimizer_state_dict_to_fp16   would halve h, which is tiny
+    engine.trainer.strip_optimizer              would write last.pt and best.pt in place
     engine.tuner.Tuner.__init__             its children get every key as if typed
 """
 
@@ -184,6 +185,14 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
 
         return wrapper
 
+    def strip_optimizer(original: Callable) -> Callable:
+        def wrapper(*args, **kwargs):
+            from yolo_sophia.integration.whole import strip_whole
+
+            return strip_whole(original, *args, **kwargs)
+
+        return wrapper
+
     trainer = module.BaseTrainer
     if not ledger.replace(trainer, "check_resume", ("self", "overrides"), check_resume):
         ledger.take_keys_back()  # nobody would take them out of other runs' args.yaml
@@ -193,6 +202,7 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
     ledger.replace(
         module, "convert_optimizer_state_dict_to_fp16", ("state_dict",), convert_optimizer_state_dict_to_fp16
     )
+    ledger.replace(module, "strip_optimizer", ("f", "s"), strip_optimizer)
 
 
 def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:

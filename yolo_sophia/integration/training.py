@@ -7,7 +7,8 @@ step scales it up to the images of the whole window and commits it, a step that 
 bound to the one trainer that asked; nothing is attached to the model.
 
 Places in Ultralytics this depends on (engine/trainer.py, _do_train): `preprocess_batch` before the forward pass,
-`scaler.scale(loss).backward()` after it, `optimizer_step`, `save_metrics` once an epoch, `plot_metrics` at the end.
+`scaler.scale(loss).backward()` after it, `optimizer_step`, `save_metrics` and `save_model` once an epoch, `final_eval`
+and `plot_metrics` at the end.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from yolo_sophia.curvature.noise import noise_seed
 from yolo_sophia.integration.heads import Tap, tap_for
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.part import images_in_part, loss_of_part
+from yolo_sophia.integration.whole import final_eval_whole, save_whole
 from yolo_sophia.optim.base import SophiaBase
 
 
@@ -43,8 +45,8 @@ class Session:
     """Hessian updates of one trainer.
 
     Args:
-        trainer: Its `preprocess_batch`, `optimizer_step`, `save_metrics`, `plot_metrics` and its scaler's `scale` are
-            wrapped on the instance.
+        trainer: Its `preprocess_batch`, `optimizer_step`, `save_metrics`, `plot_metrics`, `save_model`, `final_eval`
+            and its scaler's `scale` are wrapped on the instance.
         optimizer: The trainer's optimizer, with the keys of `build.CLOCK`, `hessian_interval`, `hessian_warmup` and
             `hessian_fraction` in its groups.
         estimator: What makes the estimates: from loss terms, or (Hutchinson's) from the loss itself.
@@ -64,6 +66,8 @@ class Session:
         self._bind(trainer, "optimizer_step", self._optimizer_step)
         self._bind(trainer, "save_metrics", self._save_metrics)
         self._bind(trainer, "plot_metrics", self._plot_metrics)
+        self._bind(trainer, "save_model", lambda save: save_whole(trainer, save))
+        self._bind(trainer, "final_eval", final_eval_whole)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._commit()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
