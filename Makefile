@@ -8,7 +8,7 @@ OLDEST ?= ultralytics==8.3.0 numpy==1.26.4 pandas==2.2.3 matplotlib==3.9.4 scipy
 BIN = $(VENV)/bin
 SITE = $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 
-.PHONY: demo test unit test-newest test-oldest lint clean
+.PHONY: demo test test-long unit test-newest test-oldest lint clean
 
 demo: $(VENV)/installed ## train YOLOv8n with SophiaG on a generated data set
 	$(BIN)/yolo train model=yolov8n.yaml data=configs/data/shapes.yaml imgsz=160 epochs=20 batch=16 nbs=16 \
@@ -26,6 +26,9 @@ test-oldest: $(VENV)-oldest/tested
 
 unit: $(VENV)/tested ## the tests that take under two minutes together
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-long: $(VENV)/tested ## what CI has no time for: 1,500 random inputs for each test of input
+	$(BIN)/python -m pytest -q --hypothesis-profile=long tests/test_fuzz.py
 
 lint: $(VENV)/tested
 	$(BIN)/pip install -q ruff==0.17.6

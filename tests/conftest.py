@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -16,6 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Nothing here may reach for the network: Ultralytics asks GitHub and PyPI for news at import and at training start.
 os.environ.setdefault("YOLO_OFFLINE", "true")
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+
+# `pytest` draws few inputs, always the same; `pytest --hypothesis-profile=long` draws others each time.
+settings.register_profile(
+    "default", max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("long", settings.get_profile("default"), max_examples=1500, derandomize=False)
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).parent.parent / "yolo_sophia"
 ALLOWED = {  # room -> rooms of this package that it may import
     "optim": {"optim", "curvature"},
     "curvature": {"curvature"},
-    "presets": {"curvature"},
+    "reading": set(),
+    "presets": {"curvature", "reading"},
     "autoload": {"integration"},
     "shapes": set(),
     "integration": {"optim", "curvature", "presets", "autoload", "shapes", "integration"},
-    "compare": {"optim", "curvature", "presets", "autoload", "integration", "shapes", "compare"},
+    "compare": {"optim", "curvature", "presets", "autoload", "integration", "shapes", "reading", "compare"},
     "tune": {"presets", "integration", "compare", "tune"},
     "cli": {"optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},
     "": {"optim", "autoload", "tune"},  # __init__.py

@@ -481,7 +481,7 @@ MALFORMED = {  # content -> what the message says
 }
 ENTRIES = {  # one entry of the settings -> what the message says
     "rh: {value: 1, origin: x}": "'rh' is not a setting. Did you mean 'rho'? Valid settings: ['beta2', ",
-    "1: {value: 1, origin: x}": "1 is not a setting. Valid settings: [",
+    "1: {value: 1, origin: x}": "found 1 as a key, expected text",
     "rho: 0.1": "rho: found 0.1, expected {value: ..., origin: 'where the value comes from'}.",
     "rho: {value: 0.1}": "rho: found {'value': 0.1}, expected",
     "rho: {value: 0.1, origin: }": "rho: found {'value': 0.1, 'origin': None}, expected",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from yolo_sophia.integration import dotted
-from yolo_sophia.integration.arguments import settle
+from yolo_sophia.integration.arguments import canonical_optimizer, settle
 
 pytestmark = pytest.mark.compat
 
@@ -106,3 +107,45 @@ def test_optimizer_args_need_a_dotted_path(optimizer):
     args = argparse.Namespace(optimizer=optimizer, resume=None, task="detect", optimizer_args={"a": 1}, sophia=None)
     with pytest.raises(ValueError, match="optimizer_args"):
         settle(args, {"optimizer": optimizer, "optimizer_args": {"a": 1}})
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "says"),
+    [
+        ("torch.optim.LBFGS", None, "LBFGS needs a closure at each step"),
+        ("torch.optim.Optimizer", None, "Optimizer has no step of its own"),
+        ("torch.optim.SGD", {"momentum": -1}, "does not take {'momentum': -1}: ValueError: Invalid momentum"),
+        ("torch.optim.SGD", {"nesterov": True}, "ValueError: Nesterov momentum requires"),
+        ("torch.optim.Adam", {"betas": 3}, "does not take {'betas': 3}: TypeError"),
+    ],
+)
+def test_what_the_constructor_refuses_is_refused_before_a_directory_is_made(tiny_run, path, given, says):
+    from ultralytics import YOLO
+
+    arguments = dict(tiny_run)
+    model = YOLO(arguments.pop("model"))
+    with pytest.raises(ValueError) as error:
+        model.train(**arguments, optimizer=path, optimizer_args=given)
+    assert says in str(error.value)
+    assert not Path(tiny_run["project"]).exists()
+
+
+def test_only_what_was_typed_is_imported(tmp_path, monkeypatch):
+    package = tmp_path / "typed_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "beside.py").write_text("raise SystemExit('imported, though nobody named it')")
+    (package / "named.py").write_text("import torch\nclass Mine(torch.optim.SGD): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    for name in ("SGD", "auto", "typed_package", "typed package.named.Mine", "typed_package/named.Mine", "x.y.Z()"):
+        assert not dotted.is_dotted(name) and canonical_optimizer(name) is None
+    assert dotted.load_class("typed_package.named.Mine").__name__ == "Mine"
+    assert set(sys.modules) - before == {"typed_package", "typed_package.named"}
+
+
+def test_a_module_that_ends_the_interpreter_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "leaving.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"optimizer=leaving\.X: importing leaving ended in SystemExit: 3\."):
+        dotted.load_class("leaving.X")

@@ -209,7 +209,7 @@ def test_refuses(changes, message):
     ("text", "message"),
     [
         ("[1, 2]", "found list, expected a mapping"),
-        ("3: x", "expected a mapping of keys"),
+        ("3: x", "found 3 as a key, expected text"),
         ("a: [", "is not readable YAML"),
         ("{data: d, model: m, arms: [AdamW]}", "arms: found list, expected a mapping of names to arguments"),
         ("{data: d, model: m, arms: {AdamW: 3}}", "arms: AdamW: found 3, expected a mapping of arguments"),

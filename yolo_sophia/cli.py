@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from yolo_sophia import __version__, autoload
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 where `status` found a problem, 2 for wrong usage.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="yolo-sophia",
         description="Sophia for Ultralytics YOLO. To train: yolo train ... optimizer=SophiaG",
     )
@@ -49,16 +49,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded(status, arguments.check) if arguments.command == "status" else _guarded(presets, arguments.preset)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end."""
+        self.exit(2, f"yolo-sophia: {one_line(message)}; yolo-sophia --help says what there is\n")
+
+
 def _guarded(command: Callable[..., int], *arguments: Any) -> int:
     """Run a command; an error of the user's is one line, and an interrupt is no error."""
     try:
         return command(*arguments)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        print(f"yolo-sophia: {error}", file=sys.stderr)
+        print(f"yolo-sophia: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("yolo-sophia: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def one_line(error: object, longest: int = 2000) -> str:
+    """A message on one line, what cannot be printed escaped, and of a very long one both ends."""
+    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
 def _with_words(name: str, words: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
+from yolo_sophia.reading import is_file, read_yaml
 
 CHOSEN = "auto"
 """What `sophia=` takes, and is without a word, for the preset that fits the run (integration/choice.py)."""
@@ -129,7 +129,7 @@ def load_preset(name: str) -> Preset:
     name = str(name)
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
-        if not path.is_file():
+        if not is_file(path):
             raise ValueError(
                 f"sophia={name}: no such file. Pass the path of a preset YAML, or one of {preset_names()}."
             )
@@ -139,11 +139,7 @@ def load_preset(name: str) -> Preset:
         raise ValueError(
             f"sophia={name!r} is not a preset.{suggestion(name, names)} Valid presets: {names}, or a .yaml path."
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Preset {path} is not readable YAML: {' '.join(str(error).split())}") from None
-    return _parse(content, path)
+    return _parse(read_yaml(path, f"Preset {path}"), path)
 
 
 def _parse(content: Any, path: Path) -> Preset:

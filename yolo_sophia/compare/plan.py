@@ -15,9 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from yolo_sophia.presets import suggestion
+from yolo_sophia.reading import is_file, parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,20 @@ class Plan:
         return int(self.common["epochs"])
 
 
-def whole(minimum: int) -> Callable[[Any], bool]:
-    """A check for whole numbers from a minimum on."""
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= minimum
+def whole(minimum: int, maximum: int = 10**6) -> Callable[[Any], bool]:
+    """A check for whole numbers from a minimum to a maximum, by default one that nobody means."""
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and minimum <= v <= maximum
+
+
+def is_text(v: Any) -> bool:
+    """Whether it can be a path or a name; a number is one that YAML read as such."""
+    return isinstance(v, (str, int, float, Path)) and not isinstance(v, bool) and bool(str(v).strip("\0 "))
+
+
+PATH = {"valid": lambda v: is_text(v) and "\0" not in str(v), "expected": "a path"}
+MOST_SEEDS, LARGEST_SEED = 1000, 2**31
+"""Of a plan; NumPy takes no seed of more than 32 bits, and Ultralytics adds the rank."""
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -115,8 +125,8 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "tune_trials": Key(
             "trials per arm over its search space before the comparison (default: 0)",
             0,
-            whole(0),
-            "a whole number >= 0",
+            whole(0, 10_000),
+            "a whole number >= 0, at most 10000",
         ),
         "tune_epochs": Key("epochs of a trial (default: a third of the run's)", None, whole(1), "a whole number >= 1"),
         "bn_recalibrate": Key(
@@ -138,7 +148,12 @@ KEYS: Mapping[str, Key] = MappingProxyType(
             lambda v: v in ("local", "ray"),
             "local or ray",
         ),
-        "workers": Key("runs side by side (default: one per device, else 1)", None, whole(1), "a whole number >= 1"),
+        "workers": Key(
+            "runs side by side (default: one per device, else 1)",
+            None,
+            whole(1, MOST_WORKERS),
+            f"a whole number >= 1, at most {MOST_WORKERS}",
+        ),
         "devices": Key("GPU numbers to spread the workers over (default: CPU)", ()),
         "cpus": Key("engine=ray: processors and threads of a run (default: 1)", None, whole(1), "a whole number >= 1"),
         "gpus": Key(
@@ -147,7 +162,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
             lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and (0 <= v <= 1),
             "a number from 0 to 1",
         ),
-        "out": Key("folder of the comparison (default: runs/compare)", "runs/compare"),
+        "out": Key("folder of the comparison (default: runs/compare)", "runs/compare", **PATH),
         "dry_run": Key(
             "print the plan and an estimate from one measured step, run nothing",
             False,
@@ -201,18 +216,20 @@ def read_words(words: Sequence[str]) -> dict[str, Any]:
 def _value(key: str, text: str) -> Any:
     if key in {"optimizers", "data", "horizons", "devices"} or (key == "seeds" and "," in text):
         parts = [part.strip() for part in text.strip("[]()").split(",")]
-        return [part if key in {"optimizers", "data"} else _scalar(part) for part in parts if part]
-    return _scalar(text)
+        return [part if key in {"optimizers", "data"} else _scalar(key, part) for part in parts if part]
+    return text if key in {"plan", "model", "out", "storage", "study"} and text else _scalar(key, text)
 
 
-def _scalar(text: str) -> Any:
+def _scalar(key: str, text: str) -> Any:
     if text.lower() in {"true", "false"}:
         return text.lower() == "true"
     if text.lower() in {"none", "null", ""}:
         return None
     try:
-        return plain_numbers(yaml.safe_load(text))
-    except yaml.YAMLError:
+        return plain_numbers(parse_yaml(text, f"{key}={text}"))
+    except ValueError:
+        if text.startswith(("{", "[")):  # meant as a mapping or a list
+            raise
         return text
 
 
@@ -234,13 +251,10 @@ def read_mapping(word: str, given: Any) -> dict[str, Any]:
         ValueError: There is no such file, or it holds something else.
     """
     path = Path(str(given))
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{word}={path}: no such file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{word}={path} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    content = read_yaml(path, f"{word}={path}")
+    if not isinstance(content, dict):
         raise ValueError(f"{word}={path}: found {type(content).__name__}, expected a mapping of keys to values.")
     return content
 
@@ -266,6 +280,10 @@ def build(content: Mapping[str, Any]) -> Plan:
         raise ValueError(f"epochs={common['epochs']!r}: expected a whole number >= 1.")
     _check_known(common, "the plan")
     _check_free(common, "the plan", {"epochs"})
+    if not is_text(common["model"]):
+        raise ValueError(f"model={common['model']!r}: expected a path or a name.")
+    if not all(map(PATH["valid"], _listed(own["data"]))):
+        raise ValueError(f"data={own['data']!r}: expected a data YAML, or a list of them.")
     data = tuple(str(d) for d in _listed(own["data"]))
     if len({data_name(d) for d in data}) < len(data):
         raise ValueError(f"data={list(data)}: expected different names, found {[data_name(d) for d in data]}.")
@@ -278,9 +296,13 @@ def build(content: Mapping[str, Any]) -> Plan:
     if reference not in names:
         raise ValueError(f"reference={reference!r} is not an arm.{suggestion(reference, names)} Arms: {names}.")
     seeds = own["seeds"]
-    seeds = tuple(range(seeds)) if whole(1)(seeds) else tuple(seeds) if isinstance(seeds, (list, tuple)) else ()
-    if not seeds or not all(map(whole(0), seeds)) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={own['seeds']!r}: expected a number >= 1, or a list of different whole numbers.")
+    counted = whole(1, MOST_SEEDS)(seeds)
+    seeds = tuple(range(seeds)) if counted else tuple(seeds) if isinstance(seeds, (list, tuple)) else ()
+    if not seeds or not all(map(whole(0, LARGEST_SEED), seeds)) or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"seeds={own['seeds']!r}: expected a number >= 1, or a list of different whole numbers >= 0 (at most "
+            f"{MOST_SEEDS} seeds, none above {LARGEST_SEED})."
+        )
     horizons = tuple(_listed(own["horizons"]))
     if not all(isinstance(h, (int, float)) and 0 < h <= 1 for h in horizons) or 1.0 not in horizons:
         raise ValueError(f"horizons={list(horizons)}: expected fractions in (0, 1], 1.0 among them.")
@@ -316,6 +338,8 @@ def _arms(optimizers: Any, arms: Any) -> tuple[Arm, ...]:
     """Arms from `optimizers` (names) and `arms` (name -> arguments); a name given twice is an A/A control."""
     if arms is not None and not isinstance(arms, dict):
         raise ValueError(f"arms: found {type(arms).__name__}, expected a mapping of names to arguments.")
+    if not all(map(is_text, _listed(optimizers) if optimizers else ())):
+        raise ValueError(f"optimizers={optimizers!r}: expected names.")
     named = [(str(name), {}) for name in (_listed(optimizers) if optimizers else ())]
     for name, arguments in (arms or {}).items():
         if arguments is not None and not isinstance(arguments, dict):
@@ -331,10 +355,7 @@ def _arms(optimizers: Any, arms: Any) -> tuple[Arm, ...]:
         while unique in {arm.name for arm in made}:
             count += 1
             unique = f"{name}-again{count}"
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", unique):
-            raise ValueError(
-                f"arm {name!r}: expected letters, digits and . _ + -, a letter or digit first: it names a folder."
-            )
+        check_name("arm ", unique)
         complete = {"optimizer": name, **READY_MADE.get(name, {}), **arguments}
         _check_known(complete, f"arm {name}")
         made.append(Arm(unique, MappingProxyType(complete)))
@@ -411,7 +432,33 @@ def make_run(arm: str, data: str, seed: int, horizon: float, arguments: Mapping[
     return Run(key, arm, data, seed, horizon, MappingProxyType(dict(arguments)), bn_recalibrate)
 
 
+def check_name(what: str, name: str) -> None:
+    """Refuse what does not name one folder inside another, on Windows too.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._+-]{0,62}[A-Za-z0-9_+-])?", name) or _is_reserved(name):
+        raise ValueError(
+            f"{what}{name!r}: expected letters, digits and . _ + - (at most 64, a letter or digit first, no dot last, "
+            "no name that Windows reserves, such as CON): it names a folder."
+        )
+
+
+def _is_reserved(name: str) -> bool:
+    return bool(re.fullmatch(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?", name, re.IGNORECASE))
+
+
 def data_name(data: str) -> str:
     """A short name of a data YAML that can name a folder."""
     path = Path(data)
-    return re.sub(r"[^A-Za-z0-9._-]", "_", path.parent.name if path.stem == "data" and path.parent.name else path.stem)
+    name = path.parent.name if path.stem == "data" and path.parent.name else path.stem
+    return as_name(name.replace("+", "_"))
+
+
+def as_name(text: str, longest: int = 64) -> str:
+    """A text as a name of a folder: other characters become _, and a long one ends in a digest of the whole."""
+    name = re.sub(r"[^A-Za-z0-9._+-]|\.$", "_", text)
+    if len(name) > longest:
+        name = f"{name[: longest - 9]}-{hashlib.blake2b(text.encode(errors='replace'), digest_size=4).hexdigest()}"
+    return f"_{name}" if not name or _is_reserved(name) else name

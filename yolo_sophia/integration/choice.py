@@ -55,7 +55,7 @@ def optimizer_steps(arguments: Mapping[str, Any]) -> int | None:
         return None
     # AutoBatch (batch=-1 or a fraction) decides later; with nbs above it, as by default, it makes no difference.
     batch, fraction = arguments["batch"], arguments["fraction"]
-    step = max(batch if isinstance(batch, int) else 0, arguments["nbs"])
+    step = max(batch if isinstance(batch, int) else 0, arguments["nbs"], 1)  # Ultralytics 8.3 lets nbs=0 through
     part = fraction[0] if isinstance(fraction, list) else fraction  # a list is for train, val and test
     images = min(images, part) if isinstance(part, int) else images * part
     return math.ceil(images / step) * arguments["epochs"] if images else None

@@ -40,16 +40,29 @@ def load_class(path: str) -> type:
     module_name, _, name = path.rpartition(".")
     try:
         module = import_module(module_name)
+        found = getattr(module, name, None)
     except ImportError as error:
         raise ValueError(
             f"optimizer={path}: cannot import {module_name} ({error}). Is its package installed?"
         ) from None
-    found = getattr(module, name, None)
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        classes = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, Optimizer)]
+    except (Exception, SystemExit) as error:  # the user's own module: whatever it does when it is imported
+        raise ValueError(f"optimizer={path}: importing {module_name} ended in {_shown(error)}.") from None
+    if not (isinstance(found, type) and Optimizer in type.mro(found)):
+        classes = [k for k, v in vars(module).items() if isinstance(v, type) and Optimizer in type.mro(v)]
         what = "has no such class" if found is None else f"has {name}, which is no torch.optim.Optimizer"
         raise ValueError(f"optimizer={path}: {module_name} {what}.{suggestion(name, classes)}")
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if found.step is Optimizer.step:
+        raise ValueError(f"optimizer={path}: {name} has no step of its own; name an optimizer made from it.")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"optimizer={path}: {name} needs a closure at each step, which Ultralytics' training loop does not give."
+        )
     return found
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def check_arguments(path: str, given: Any) -> dict[str, Any]:
@@ -100,6 +113,22 @@ def settle_dotted(args: Any, typed: set[str]) -> None:
     if momentum is not None and ("momentum" in given or "momentum" not in typed):
         # Ultralytics' warm-up writes args.momentum into every group that has one.
         args.momentum = args.warmup_momentum = given.get("momentum", momentum.default)
+    _try(args, given)
+
+
+def _try(args: Any, given: dict[str, Any]) -> None:
+    """Build the optimizer once over a single weight: what its constructor refuses is refused before a file is written.
+
+    Raises:
+        ValueError: It does.
+    """
+    import torch
+
+    group = {"params": [torch.nn.Parameter(torch.zeros(1, 1))], "weight_decay": 0.0}
+    try:
+        load_class(args.optimizer)([group], lr=args.lr0, **given)
+    except Exception as error:
+        raise ValueError(f"optimizer={args.optimizer} does not take {given}: {_shown(error)}.") from None
 
 
 def build_dotted(trainer: Any, groups: list[dict[str, Any]], call: dict[str, Any]) -> Any:

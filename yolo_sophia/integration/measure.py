@@ -19,10 +19,10 @@ def count_images(data: str) -> int:
     from ultralytics.utils.checks import check_file
 
     try:
-        path = Path(check_file(data))
+        path = Path(check_file(data, download=False))
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         train = content["train"]
-    except (FileNotFoundError, OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"data={data} is no data YAML with a train entry: {type(error).__name__} {error}") from None
     root = Path(content.get("path") or path.parent)
     root = root if root.is_absolute() or root.is_dir() else Path(DATASETS_DIR) / root

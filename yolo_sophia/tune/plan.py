@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from yolo_sophia.compare import plan as comparison
-from yolo_sophia.compare.plan import DECIDED, Arm, Key, Plan, Run, data_name, make_run, whole
+from yolo_sophia.compare.plan import DECIDED, Arm, Key, Plan, Run, as_name, check_name, data_name, make_run, whole
 from yolo_sophia.compare.spaces import FORMS, Choice, Dimension, Range, merged, read_dimension, written
 from yolo_sophia.compare.tuning import TRIAL_SEED
 from yolo_sophia.presets import suggestion
@@ -48,11 +48,11 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "prune_after": Key("epochs before which no trial is stopped (default: a quarter of a trial's)", None, whole(1),
                            "a whole number >= 1"),
         "bn_recalibrate": comparison.KEYS["bn_recalibrate"],
-        "workers": Key("trials side by side (default: one per device, else 1)", None, whole(1), "a whole number >= 1"),
+        "workers": replace(comparison.KEYS["workers"], meaning="trials side by side (default: one per device, else 1)"),
         "devices": comparison.KEYS["devices"],
-        "out": Key("folder of the study (default: runs/tune/<study>)"),
+        "out": Key("folder of the study (default: runs/tune/<study>)", **comparison.PATH),
         "storage": Key("Optuna storage: a URL, or the path of an SQLite file (default: study.db in `out`); processes "
-                       "and machines with the same storage and study share the trials"),
+                       "and machines with the same storage and study share the trials", **comparison.PATH),
         "study": Key("name of the study in the storage (default: <optimizer>-<data>)"),
         "dry_run": Key("print the space and what the study would cost, run nothing", False,
                        lambda v: isinstance(v, bool), "True or False"),
@@ -170,7 +170,7 @@ def build(content: Mapping[str, Any]) -> TunePlan:
             raise ValueError(f"{key}={own[key]!r}: expected {spec.expected}.")
     if content.get("val") is False:
         raise ValueError("val=False: a study needs the mAP50-95 of every epoch; leave it out.")
-    if whole(1)(own["seeds"]):  # none that a comparison or a confirmation would take
+    if whole(1, comparison.MOST_SEEDS)(own["seeds"]):  # none that a comparison or a confirmation would take
         own["seeds"] = [TRIAL_SEED + i for i in range(own["seeds"])]
     shared = ("data", "seeds", "bn_recalibrate", "workers", "devices", "dry_run")
     base = comparison.build({**content, **{key: own[key] for key in shared}, "optimizers": [str(own["optimizer"])]})
@@ -181,7 +181,10 @@ def build(content: Mapping[str, Any]) -> TunePlan:
     if "clip_fraction" in space and "rho" not in space and settled["rho"] != "auto":
         raise ValueError(f"space: clip_fraction is the knob of rho=auto, found rho={settled['rho']}: add rho=auto.")
     start = {key: own.settle(settled[key]) for key, own in space.items() if own.holds(settled.get(key))}
-    study = str(own["study"] or "-".join([base.arms[0].name, *map(data_name, base.data)]))
+    study = as_name("-".join([base.arms[0].name, *map(data_name, base.data)]))
+    if own["study"] is not None:
+        study = str(own["study"])
+        check_name("study=", study)
     base = replace(base, out=Path(str(own["out"] or Path("runs", "tune", study))))
     storage = str(own["storage"] or base.out / "study.db")
     made = TunePlan(
@@ -265,7 +268,7 @@ def plan_yaml(plan: TunePlan) -> str:
         "seeds": list(plan.base.seeds),
         **{key: getattr(plan, key) for key in ("trials", "sampler", "pruner")},
         **({"grid_points": plan.grid_points} if plan.sampler == "grid" else {}),
-        **({"prune_after": plan.prune_after} if plan.pruner != "none" else {}),
+        **({"prune_after": plan.prune_after} if plan.pruner != "none" and plan.prune_after < plan.epochs else {}),
         "bn_recalibrate": plan.base.bn_recalibrate,
         **{key: list(own) if isinstance(own, tuple) else own for key in ("workers", "devices")
            if (own := getattr(plan.base, key))},
