@@ -134,10 +134,10 @@ def test_a_step_waits_for_nothing(kind, settings):
 
 @counts_on_the_gpu
 @pytest.mark.parametrize(
-    ("flags", "limit"), [({"fused": True}, 2 * 5), ({"foreach": True}, 2 * 48), ({"foreach": False}, math.inf)], ids=str
+    ("flags", "limit"), [({"fused": True}, 2 * 7), ({"foreach": True}, 2 * 48), ({"foreach": False}, math.inf)], ids=str
 )
 def test_kernels_of_a_step(flags, limit):
-    """Fused: one for each group, or two (Inductor takes about 250 tensors into one), and three to write numbers."""
+    """Fused: three for each group (Inductor takes some twenty tensors into one), and as many to write numbers."""
     groups = [
         {"params": [Parameter(torch.randn(8, 4 + i % 3, 3, 3, device=DEVICE)) for i in range(60)]},
         {"params": [Parameter(torch.randn(8 + i % 3, device=DEVICE)) for i in range(60)], "weight_decay": 0.0},
@@ -153,7 +153,7 @@ def test_kernels_of_a_step(flags, limit):
         optimizer.step()
         torch.cuda.synchronize()
     kernels = Counter(e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    kernels = {name[:90]: n for name, n in kernels.items() if not name.startswith(("Mem", "ProfilerStep"))}
+    kernels = {name[:90]: n for name, n in kernels.items() if not name.startswith(("Mem", "ProfilerStep", "Optimizer.step"))}
     print(f"\nkernels of a step over 2 groups of 60 parameters, {flags}: {sum(kernels.values())}")  # noqa: T201
     for name, n in kernels.items():
         print(f"  {n:5} {name}")  # noqa: T201
