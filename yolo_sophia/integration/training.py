@@ -216,7 +216,8 @@ class Session:
                     f"({self.clock['hessian_dropped']} so far)"
                 )
             self.monitor.refresh_seconds += time.perf_counter() - start
-        self.monitor.before_step()
+        if RANK in {-1, 0}:  # the others write no row
+            self.monitor.before_step()
 
     def _warn_of_the_unreached(self) -> None:
         """Say which parameters have a gradient but no path to the terms: the model's loss adds something of its own."""
