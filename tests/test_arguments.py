@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ultralytics.engine.tuner
 import yaml
+from quirks import needs_tune
 from ultralytics import YOLO
 from ultralytics.cfg import entrypoint, get_cfg, parse_key_value_pair
 from ultralytics.engine.tuner import Tuner
@@ -313,6 +314,7 @@ def test_runs_record_what_they_used(tiny_run, python):
     assert sophia[MARKER] == "detect-scratch:hessian_interval,lr0"
     assert {key: sophia[key] for key in SCRATCH} == {**SCRATCH, "lr0": 0.01, "hessian_interval": 2}
 
+    model.overrides.setdefault("model", tiny_run["model"])  # 8.3.253 to 8.4.100 lose it, and end in a KeyError
     model.train(**{**run, "name": "adamw"}, optimizer="AdamW")
     assert type(model.trainer.optimizer).__name__ == "AdamW"
     adamw = read_args({**run, "name": "adamw"})
@@ -400,6 +402,7 @@ def test_an_interrupted_run_resumes_with_its_record(tiny_run, write_preset):
     assert resumed.epoch == 1
 
 
+@needs_tune
 @pytest.mark.slow
 def test_a_child_of_tune(tiny_run, monkeypatch):
     """Bounds beside the preset's values make the first child's values the tuner's."""
@@ -652,7 +655,8 @@ def test_names_unlike_ours_keep_the_error_of_ultralytics(tiny_run):
     arguments = {**tiny_run, "optimizer": "Foo"}
     with pytest.raises(NotImplementedError) as caught:
         YOLO(arguments.pop("model")).train(**arguments)
-    assert str(caught.value).startswith("Optimizer 'Foo' not found in list of available optimizers ")
+    # Some versions name None for what they do not know.
+    assert re.match(r"Optimizer '(Foo|None)' not found in list of available optimizers ", str(caught.value))
     assert "Sophia" not in str(caught.value)
 
 

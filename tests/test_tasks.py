@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from quirks import needs_tune
 from tiny_models import write_data
 from ultralytics import YOLO
 from ultralytics.engine import trainer as engine
@@ -32,10 +33,10 @@ FAMILIES = {
     "v8 classify": ("v8/yolov8-cls.yaml", 0.0625),
     "11 detect": ("11/yolo11.yaml", 0.5),
     "12 detect": ("12/yolo12.yaml", 0.25),
-    "26 detect": ("26/yolo26.yaml", 0.0625),
-    "26 segment": ("26/yolo26-seg.yaml", 0.0625),
-    "26 pose": ("26/yolo26-pose.yaml", 0.0625),
-    "26 obb": ("26/yolo26-obb.yaml", 0.0625),
+    "26 detect": ("26/yolo26.yaml", 0.125),
+    "26 segment": ("26/yolo26-seg.yaml", 0.125),
+    "26 pose": ("26/yolo26-pose.yaml", 0.125),
+    "26 obb": ("26/yolo26-obb.yaml", 0.125),
 }
 BASE = {"imgsz": 64, "epochs": 1, "batch": 4, "nbs": 4, "device": "cpu", "plots": False, "val": False, "workers": 0}
 STEPS = 4  # per epoch: 16 images in batches of 4
@@ -190,7 +191,7 @@ def test_setting(name, data, train, tiny_model):
 def test_distillation(data, train, tmp_path):
     if "distill_model" not in DEFAULT_CFG_DICT:
         pytest.skip("no distillation in this Ultralytics")
-    path = tiny(MODELS / "26/yolo26.yaml", 0.0625, tmp_path)
+    path = tiny(MODELS / "26/yolo26.yaml", 0.125, tmp_path)
     teacher = train(path, data("detect"), fraction=0.25).trainer.last
     run = train(path, data("detect"), distill_model=str(teacher))
     assert_curved(run.trainer)
@@ -208,6 +209,7 @@ def test_several_data_sets(tiny_data, tiny_model, tmp_path):
     assert len(found) == 2 and all("sophia/rho" in path.read_text() for path in found)
 
 
+@needs_tune
 def test_tune(data, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # older ones start `yolo`
     settings = BASE | {"optimizer": "SophiaG", "fraction": 0.25, "project": str(tmp_path / "runs")}
@@ -218,7 +220,7 @@ def test_tune(data, tiny_model, tmp_path, monkeypatch):
 
 def test_resume_of_two_heads(data, train, tmp_path):
     """A resumed run goes on with the curvature, the clock and the weights of the heads."""
-    path = tiny(MODELS / "26/yolo26.yaml", 0.0625, tmp_path)
+    path = tiny(MODELS / "26/yolo26.yaml", 0.125, tmp_path)
     model = YOLO(path)
 
     def stop(trainer):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 from ultralytics.nn import tasks
 from ultralytics.utils import DEFAULT_CFG_DICT
 
@@ -58,7 +58,7 @@ def with_criterion(model: nn.Module) -> nn.Module:
     return model
 
 
-def batch_of(task: str, images: int = 2, size: int = 48, seed: int = 0) -> dict[str, Tensor]:
+def batch_of(task: str, images: int = 2, size: int = 48, seed: int = 0) -> dict[str, Any]:
     """A batch as the data loader gives it, after preprocessing, with `OBJECTS` objects on every image."""
     g = Generator().manual_seed(seed)
     n = images * OBJECTS
@@ -77,6 +77,7 @@ def batch_of(task: str, images: int = 2, size: int = 48, seed: int = 0) -> dict[
         "keypoints": torch.cat([points, visible], -1),
         "masks": torch.randint(OBJECTS + 1, (images, side, side), generator=g).to(centre.dtype),
         "sem_masks": torch.randint(CLASSES, (images, side, side), generator=g),
+        "resized_shape": [(size, size)] * images,  # 8.4.0 takes the image's size from here
     }
 
 

@@ -6,6 +6,7 @@ The rule: a user's typo ends in one line on the error stream and exit code 2, ne
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     state.add_argument("--check", action="store_true", help="also train, in half a minute, to see that all of it works")
     show = commands.add_parser("presets", help="list the presets, or print one: its numbers and their origins")
     show.add_argument("preset", nargs="?", help="name of a preset or path of a YAML file")
+    with contextlib.suppress(AttributeError):  # not every stream has it
+        sys.stdout.reconfigure(errors="backslashreplace")  # on Windows it may know few characters
     words = list(sys.argv[1:] if argv is None else argv)
     compare = commands.add_parser("compare", help="compare optimizers on your data", add_help=False)
     compare.add_argument("words", nargs="*")

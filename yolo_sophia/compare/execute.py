@@ -165,13 +165,17 @@ def start_worker(folder: Path, environment: Mapping[str, str], directory: str | 
     """Start the training of a folder; what it prints goes to the folder's log."""
     with (folder / LOG).open("a", encoding="utf-8") as log:
         # A session of its own: Ctrl-C reaches this process alone, which then ends its trainings in order.
+        if sys.platform == "win32":
+            apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        else:
+            apart = {"start_new_session": True}
         return subprocess.Popen(
             [sys.executable, "-m", "yolo_sophia.compare.worker", str(folder)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**environment, "PYTHONUNBUFFERED": "1"},
             cwd=directory,
-            start_new_session=True,
+            **apart,
         )
 
 

@@ -7,6 +7,7 @@ and waits for it, so `out` has to be on storage that all nodes see, under the sa
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import tempfile
 import time
@@ -192,7 +193,7 @@ def _work(folder: str, directory: str, mark: str, threads: int) -> tuple[int, st
     import ray
 
     context = ray.get_runtime_context()
-    node = f"node {context.get_node_id()} ({os.uname().nodename})"
+    node = f"node {context.get_node_id()} ({platform.node()})"
     if not (Path(folder) / ORDER).is_file():
         return 1, f"{node} of the Ray cluster does not see {folder}: put out=... on storage that all nodes see."
     with (Path(folder) / LOG).open("a", encoding="utf-8") as log:

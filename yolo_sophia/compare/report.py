@@ -18,7 +18,7 @@ from yolo_sophia.compare.plan import Plan, data_name
 from yolo_sophia.compare.results import RunResult
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.compare.view import View, plan_yaml
-from yolo_sophia.compare.worker import write_whole
+from yolo_sophia.compare.worker import replace, write_whole
 
 HTML, MARKDOWN, CSV, FIGURES = "report.html", "report.md", "results.csv", "figures"
 READING = (
@@ -70,7 +70,7 @@ def write_document(document: Document, out: Path) -> Path:
     for picture in pictures(document.sections):
         partial = out / FIGURES / f".{picture.name}.{os.getpid()}"
         partial.write_bytes(picture.png)
-        os.replace(partial, out / FIGURES / f"{picture.name}.png")
+        replace(partial, out / FIGURES / f"{picture.name}.png")
     write_whole(out / MARKDOWN, to_markdown(document, FIGURES))
     write_whole(out / HTML, to_html(document))
     return out / HTML

@@ -17,6 +17,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import psutil  # a dependency of Ultralytics
+
 CURVE, RECEIPT, ORDER, CHECKPOINT, TRAINING = "curve.jsonl", "result.json", "run.json", "checkpoint.pt", "train"
 BUSY = 75
 """Exit code where another process trains in this folder (EX_TEMPFAIL)."""
@@ -25,10 +27,21 @@ BUSY = 75
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is either the old one or the new one, whenever the process is killed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    replace(partial, path)
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Give a file its name in one step; Windows refuses while another process reads the old one, so wait a little."""
+    for seconds in (0.01, 0.1, 0.5, 2.0) if sys.platform == "win32" else ():
+        try:
+            os.replace(partial, path)
+            return
+        except PermissionError:
+            time.sleep(seconds)
     os.replace(partial, path)
 
 
@@ -58,7 +71,7 @@ class Recorder:
         self.steps = self.images = self._epoch_images = 0
         self.seconds = self._mark = 0.0
         self._save_metrics: Any = None
-        self._parent = os.getppid()
+        self._parent = psutil.Process(os.getppid())
 
     def on_train_start(self, trainer: Any) -> None:
         """Take the counters up where the checkpoint was written, and count from here."""
@@ -79,7 +92,8 @@ class Recorder:
 
     def on_train_batch_end(self, trainer: Any) -> None:
         """Count images; the last batch of an epoch may be short."""
-        if os.getppid() != self._parent:
+        # An orphan gets another parent; on Windows it keeps the number of the one that is gone.
+        if os.getppid() != self._parent.pid or not self._parent.is_running():
             raise SystemExit("the process that ordered this training is gone")
         epoch_images = len(trainer.train_loader.dataset)
         self.images += min(trainer.batch_size, epoch_images - self._epoch_images)
@@ -114,7 +128,7 @@ class Recorder:
             return
         partial = self.folder / f".{CHECKPOINT}.partial"
         shutil.copyfile(trainer.last, partial)
-        os.replace(partial, self.folder / CHECKPOINT)
+        replace(partial, self.folder / CHECKPOINT)
 
 
 def _plain(value: Any) -> float | None:

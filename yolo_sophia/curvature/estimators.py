@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from yolo_sophia.curvature.autocast import no_autocast
 from yolo_sophia.curvature.likelihoods import LossTerm
 from yolo_sophia.curvature.signs import rademacher
 
@@ -45,7 +46,7 @@ def _squared_pullback(
     """Pull the cotangents of all terms back to the parameters in one vector-Jacobian product, and square."""
     outputs = [term.output for term in terms]
     # Cotangents are made in float32 and are final: autocast must touch neither them nor the pass, whoever calls.
-    with torch.autocast(outputs[0].device.type, enabled=False):
+    with no_autocast(outputs[0].device):
         # A half-precision pass runs in the outputs' dtype: the scale goes in before the cast, out before the square.
         cotangents = [(cotangent(term) * scale).to(term.output.dtype) for term in terms]
         grads = torch.autograd.grad(outputs, params, cotangents, retain_graph=True, allow_unused=True)

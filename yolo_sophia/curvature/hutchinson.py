@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Generator, Tensor
 
+from yolo_sophia.curvature.autocast import no_autocast
 from yolo_sophia.curvature.signs import rademacher
 
 
@@ -52,7 +53,7 @@ class Hutchinson:
             RuntimeError: The graph is freed or missing, or has an operation without a second derivative.
         """
         try:
-            with torch.autocast(loss.device.type, enabled=False):
+            with no_autocast(loss.device):
                 return self._estimate(loss, params, generator)
         except RuntimeError as error:
             reasons = (

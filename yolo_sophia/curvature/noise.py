@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,18 @@ def noise_seed(*parts: int) -> int:
 
 
 @contextmanager
+def preserved(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Give PyTorch's global random states back as they were at the end: that of the CPU, and of the devices named."""
+    mps = torch.mps.get_rng_state() if any(device.type == "mps" for device in devices) else None
+    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        try:
+            yield
+        finally:
+            if mps is not None:
+                torch.mps.set_rng_state(mps)
+
+
+@contextmanager
 def forked(seed: int) -> Iterator[None]:
     """Seed the global random states of PyTorch, Python and NumPy; give them back as they were at the end.
 
@@ -25,13 +37,17 @@ def forked(seed: int) -> Iterator[None]:
     and changes nothing for the training.
     """
     # Not torch.manual_seed: where CUDA is not in use yet, it would leave this seed to its start.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    cuda = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    devices = [torch.device("cuda", i) for i in cuda] + [torch.device("mps")] * torch.backends.mps.is_available()
     python, numpy = random.getstate(), sys.modules.get("numpy")
     arrays = numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices):
+    with preserved(devices):
         torch.default_generator.manual_seed(seed)
         for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
+            if device.type == "mps":
+                torch.mps.manual_seed(seed)
+            else:
+                torch.cuda.default_generators[device.index].manual_seed(seed)
         random.seed(seed)
         if numpy:
             numpy.random.seed(seed % 2**32)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from yolo_sophia.curvature.autocast import no_autocast
+
 
 def rademacher(like: Tensor, generator: Generator | None) -> Tensor:
     """Independent signs, -1 or 1 with equal probability, of the shape, dtype and device of a tensor."""
@@ -60,7 +62,7 @@ def sign_randomised(loss: Tensor, outputs: Sequence[Tensor], coefficient: float 
     """
     if not coefficient > 0:
         raise ValueError(f"coefficient must be positive, found {coefficient}: 1 for a sum, 1/N for a mean.")
-    with torch.autocast(loss.device.type, enabled=False):
+    with no_autocast(loss.device):
         gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
     terms = [
         SignRandomised(f, g.detach().to(torch.promote_types(g.dtype, torch.float32)) / coefficient**0.5)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from yolo_sophia.curvature.noise import preserved
 
 MIN_IMAGES = 4
 """Images of the smallest part: BatchNorm normalises them by their own statistics."""
@@ -61,6 +62,6 @@ def loss_of_part(model: nn.Module, batch: dict[str, Any], images: int) -> Tensor
     arguments = getattr(model, "args", None)  # a classifier has none
     part = take_part(batch, images, getattr(arguments, "overlap_mask", True))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(devices=[part["img"].device] if part["img"].is_cuda else []):
+    with preserved([part["img"].device]):
         loss, _ = functional_call(model, buffers, (part,))
     return loss.sum()

@@ -75,7 +75,7 @@ def clip_quantile(
         ratio = torch.where(denominator > 0, numerator / denominator, torch.inf)
         ratios.append(ratio.masked_fill(numerator == 0, 0.0))
     device = ratios[0].device
-    ratio = torch.cat([r.to(device) for r in ratios])
+    ratio = torch.cat([r.to(device) for r in ratios]).cpu()  # kthvalue is not on every device
     rank = min(ratio.numel(), 1 + int((1 - clip_fraction) * ratio.numel()))
     quantile = float(torch.where(ratio.isnan().any(), torch.nan, ratio.kthvalue(rank).values))
     return quantile if 0 < quantile < math.inf else None

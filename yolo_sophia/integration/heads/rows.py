@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from yolo_sophia.curvature import Quadratic
+from yolo_sophia.curvature.autocast import no_autocast
 from yolo_sophia.curvature.likelihoods import wide
 
 
@@ -26,14 +27,21 @@ def quadratic(output: Tensor, coefficient: Tensor, loss: Callable[[Tensor], Tens
         coefficient: Coefficient of each row's loss, shape (N,).
         loss: From detached rows, shape (N, d), to the sum of their losses without coefficients.
     """
-    with torch.enable_grad(), torch.autocast(output.device.type, enabled=False):
+    with torch.enable_grad(), no_autocast(output.device):
         rows = output.detach().to(wide(output)).requires_grad_()
         (gradient,) = torch.autograd.grad(loss(rows), rows, create_graph=True)
         columns = range(rows.shape[1])
         hessian = torch.stack([torch.autograd.grad(gradient[:, k].sum(), rows, retain_graph=True)[0] for k in columns])
     hessian = hessian.permute(1, 0, 2)
     finite = hessian.isfinite().flatten(1).all(1)[:, None, None]
-    values, vectors = torch.linalg.eigh(torch.where(finite, hessian + hessian.mT, 0) / 2)
+    values, vectors = eigh(torch.where(finite, hessian + hessian.mT, 0) / 2)
     root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT  # the symmetric root: the same on every device
     scale = coefficient.sqrt()[:, None]
     return Quadratic(output, root * scale[..., None], gradient.detach() * scale)
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, shape (N, d), and eigenvectors, shape (N, d, d), of symmetric matrices; on the CPU for MPS."""
+    device = matrices.device
+    values, vectors = torch.linalg.eigh(matrices.cpu() if device.type == "mps" else matrices)
+    return values.to(device), vectors.to(device)
