@@ -5,10 +5,11 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 OLDEST ?= ultralytics==8.3.0 numpy==1.26.4 pandas==2.2.3 matplotlib==3.9.4 scipy==1.13.1 contourpy==1.2.1 \
           seaborn==0.13.2 tqdm py-cpuinfo opencv-python==4.11.0.86 pytz tzdata
+BUILD ?= build==1.6.1 hatchling==1.33.0 twine==7.0.0
 BIN = $(VENV)/bin
 SITE = $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 
-.PHONY: demo test test-long unit test-newest test-oldest lint clean
+.PHONY: demo test test-long unit test-newest test-oldest lint dist clean
 
 demo: $(VENV)/installed ## train YOLOv8n with SophiaG on a generated data set
 	$(BIN)/yolo train model=yolov8n.yaml data=configs/data/shapes.yaml imgsz=160 epochs=20 batch=16 nbs=16 \
@@ -34,6 +35,17 @@ lint: $(VENV)/tested
 	$(BIN)/pip install -q ruff==0.17.6
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+dist: $(VENV)/installed $(VENV)-dist/tools ## wheel and sdist, checked, and each installed on its own to train from
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build --no-isolation --outdir dist .
+	$(VENV)-dist/bin/twine check --strict dist/*
+	$(BIN)/python scripts/check_dist.py dist
+
+$(VENV)-dist/tools: Makefile
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/pip install -q $(BUILD)
+	touch $@
+
 $(VENV)/installed: pyproject.toml yolo_sophia/autoload.pth
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH)
@@ -53,4 +65,4 @@ $(VENV)-oldest/tested: $(VENV)/tested
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest runs dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-dist runs dist

@@ -111,7 +111,9 @@ TUNE = {"data": "d.yaml", "model": "m.yaml", "optimizer": "SophiaG"}
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    command = draw(st.sampled_from(["compare", "compare", "tune", "tune", "presets", "status", "", None]) | text)
+    command = draw(
+        st.sampled_from(["compare", "compare", "tune", "tune", "presets", "path", "status", "", None]) | text
+    )
     if command in {"compare", "tune"}:
         base, own = (BASE, comparison.KEYS) if command == "compare" else (TUNE, tuning.KEYS)
         kept = draw(st.sampled_from([list(base), list(base), list(base), []]))

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from yolo_sophia import shapes
+from yolo_sophia import cli, shapes
 
 CONFIG = Path(__file__).parents[1] / "configs" / "data" / "shapes.yaml"
 SMALL = {"train": 4, "val": 3, "size": 96, "seed": 5}
@@ -185,7 +185,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 def test_a_killed_generation_is_not_taken_for_a_finished_one(tmp_path):
     script = f"""
 import os
-from yolo_sophia import shapes
+from yolo_sophia import cli, shapes
 render, calls = shapes._render, []
 def die(*args):
     calls.append(1)
@@ -274,3 +274,15 @@ def test_ultralytics_generates_it_from_the_yaml(tmp_path, monkeypatch):
         assert all(Path(label).is_file() for label in utils.img2label_paths([str(path) for path in images]))
     monkeypatch.setattr(shapes, "generate", None)  # the second time nothing is generated
     assert utils.check_det_dataset(str(CONFIG))["path"] == data["path"]
+
+
+def test_the_command_says_where_the_file_lies(capsys):
+    assert cli.main(["path", "data/shapes.yaml"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == CONFIG
+    assert cli.main(["path"]) == 0
+    names = capsys.readouterr().out.split()
+    assert {"data/shapes.yaml", "presets/published.yaml", "compare/coco.yaml"} <= set(names)
+    for name in ("data/shape.yaml", "../pyproject.toml", "/etc/passwd", "", "presets"):
+        assert cli.main(["path", name]) == 2
+        error = capsys.readouterr().err
+        assert "does not ship with the package" in error and ("shapes.yaml'?" in error) == (name == "data/shape.yaml")

@@ -496,6 +496,24 @@ def test_the_report(tuned):
     assert len(rows) == 13 and rows[1].startswith("0,finished,0.4,0.001,gnb,4,")
 
 
+def test_text_of_users_is_escaped_in_the_report(tuned):
+    nasty = '<script>alert("x")</script>'
+
+    def score(arguments, epoch):
+        return f"failed: {nasty}" if arguments["copy_paste_mode"] == "b" else by_lr0(arguments, epoch)
+
+    space = f"{{'lr0': [1e-3, 5e-3], 'copy_paste_mode': {{'choices': ['{nasty}', 'b']}}}}"
+    view = tuned(score, sampler="grid", trials=None, grid_points=2, space=space, model=f"m{nasty}.pt", rho=0.1)
+    page = write_report(view)
+    for text in (
+        page.read_text(),
+        re.sub(r"^(`{3,})\n.*?^\1$", "", (page.parent / "report.md").read_text(), flags=re.S | re.M),
+    ):
+        assert "<script" not in text and "alert" in text
+    for name in ("best.yaml", "best-arguments.yaml"):
+        assert yaml.safe_load((page.parent / name).read_text())
+
+
 @pytest.mark.parametrize("score", ["broken", 0.0])
 def test_a_report_of_little(score, tuned):
     view = tuned(lambda *_: score, trials=2)

@@ -1,4 +1,4 @@
-"""The `yolo-sophia` command: what is installed, what is patched, and which presets there are.
+"""The `yolo-sophia` command: what is installed, what is patched, and which presets and other files there are.
 
 The rule: a user's typo ends in one line on the error stream and exit code 2, never in a traceback.
 """
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     state.add_argument("--check", action="store_true", help="also train, in half a minute, to see that all of it works")
     show = commands.add_parser("presets", help="list the presets, or print one: its numbers and their origins")
     show.add_argument("preset", nargs="?", help="name of a preset or path of a YAML file")
+    place = commands.add_parser("path", help="print where a file that ships with the package lies, or name them all")
+    place.add_argument("name", nargs="?", help="such as data/shapes.yaml: yolo train data=$(yolo-sophia path ...)")
     with contextlib.suppress(AttributeError):  # not every stream has it
         sys.stdout.reconfigure(errors="backslashreplace")  # on Windows it may know few characters
     words = list(sys.argv[1:] if argv is None else argv)
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    return _guarded(status, arguments.check) if arguments.command == "status" else _guarded(presets, arguments.preset)
+    if arguments.command == "status":
+        return _guarded(status, arguments.check)
+    return _guarded(path, arguments.name) if arguments.command == "path" else _guarded(presets, arguments.preset)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -152,6 +156,25 @@ def presets(name: str | None) -> int:
     print(f"{preset.name} ({preset.status}): {preset.description}")
     for key, value in preset.settings.items():
         print(f"  {key + '=' + str(value):<28} {preset.origins[key]}")
+    return 0
+
+
+def path(name: str | None) -> int:
+    """Print the path of a shipped data set, plan or preset, or the names of all.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    from yolo_sophia.presets import preset_directory, suggestion
+
+    root = preset_directory().parent
+    files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*.yaml"))}
+    if name is None:
+        print("\n".join(files))
+    elif name in files:
+        print(files[name])
+    else:
+        raise ValueError(f"{name!r} does not ship with the package.{suggestion(name, files)} What does: {list(files)}.")
     return 0
 
 
