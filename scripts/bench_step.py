@@ -110,7 +110,10 @@ def measure(shapes: list[torch.Size], repeats: int, clock: Clock, device: torch.
         for _ in range(3):  # makes the states, compiles
             step_cost(made[name], gradients, name, clock)
         if "SophiaG fused" in name:
-            print(f"  {name}: {time.perf_counter() - start:.1f} s for the first three steps, compiling included", flush=True)
+            print(
+                f"  {name}: {time.perf_counter() - start:.1f} s for the first three steps, compiling included",
+                flush=True,
+            )
     costs: dict[str, list[Cost]] = {name: [] for name in made}
     for _ in range(repeats):
         for name in random.sample(list(made), len(made)):

@@ -153,7 +153,9 @@ def test_kernels_of_a_step(flags, limit):
         optimizer.step()
         torch.cuda.synchronize()
     kernels = Counter(e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    kernels = {name[:90]: n for name, n in kernels.items() if not name.startswith(("Mem", "ProfilerStep", "Optimizer.step"))}
+    kernels = {
+        name[:90]: n for name, n in kernels.items() if not name.startswith(("Mem", "ProfilerStep", "Optimizer.step"))
+    }
     print(f"\nkernels of a step over 2 groups of 60 parameters, {flags}: {sum(kernels.values())}")  # noqa: T201
     for name, n in kernels.items():
         print(f"  {n:5} {name}")  # noqa: T201

@@ -13,7 +13,7 @@ from yolo_sophia.curvature import ESTIMATORS, Hutchinson
 from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer, resolve
 from yolo_sophia.integration.dotted import build_dotted
 from yolo_sophia.integration.heads import tap_for
-from yolo_sophia.integration.training import Session, unwrap
+from yolo_sophia.integration.training import Session, compiled, unwrap
 from yolo_sophia.integration.whole import reworded
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.optim.base import SophiaBase
@@ -85,7 +85,7 @@ def refuse_once_differentiable(trainer: BaseTrainer) -> None:
     found = {
         "automatic mixed precision in float16": (trainer.scaler.is_enabled(), "amp=False"),
         "several devices (DistributedDataParallel)": (RANK != -1, "one device"),
-        "torch.compile": (hasattr(trainer.model, "_orig_mod"), "compile=False"),
+        "torch.compile": (compiled(trainer.model), "compile=False"),
     }
     if reasons := {reason: remedy for reason, (is_so, remedy) in found.items() if is_so}:
         raise NotImplementedError(

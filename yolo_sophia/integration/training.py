@@ -34,11 +34,20 @@ from yolo_sophia.optim.base import SophiaBase
 
 def unwrap(model: torch.nn.Module) -> Any:
     """The model inside DistributedDataParallel and torch.compile."""
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if inner is None:
-            return model
-        model = inner
+    return _layers(model)[-1]
+
+
+def compiled(model: torch.nn.Module) -> bool:
+    """Whether the model is inside torch.compile."""
+    return any(hasattr(layer, "_orig_mod") for layer in _layers(model))
+
+
+def _layers(model: torch.nn.Module) -> list[Any]:
+    """The model, then what it wraps, and so on."""
+    layers = [model]
+    while (inner := getattr(layers[-1], "module", None) or getattr(layers[-1], "_orig_mod", None)) is not None:
+        layers.append(inner)
+    return layers
 
 
 class Session:
@@ -123,7 +132,9 @@ class Session:
             model = unwrap(self.trainer.model)
             self._listen(model, batch)
             self.staged_images = images_in_part(self.batch_images, self.clock["hessian_fraction"])
-            if self.staged_images < self.batch_images:
+            # A compiled graph is used up by its first backward pass (donated buffers), and in DistributedDataParallel
+            # with static_graph, which Ultralytics asks for then, the first one of all sets off the reduction.
+            if self.staged_images < self.batch_images or compiled(self.trainer.model):
                 try:
                     self._stage(loss_of_part(model, batch, self.staged_images))
                 finally:
