@@ -35,7 +35,7 @@ def quadratic(output: Tensor, coefficient: Tensor, loss: Callable[[Tensor], Tens
     hessian = hessian.permute(1, 0, 2)
     finite = hessian.isfinite().flatten(1).all(1)[:, None, None]
     values, vectors = eigh(torch.where(finite, hessian + hessian.mT, 0) / 2)
-    root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT  # the symmetric root: the same on every device
+    root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT  # symmetric: the same on every device
     scale = coefficient.sqrt()[:, None]
     return Quadratic(output, root * scale[..., None], gradient.detach() * scale)
 
