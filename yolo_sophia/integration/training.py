@@ -66,6 +66,8 @@ class Session:
         self.monitor = Monitor(optimizer)
         self.tap: Tap | None = None
         self.listening = False  # whether the pass that is under way gives an estimate
+        self.skipped = False  # whether memory did not suffice for the one that is staged
+        self.steps_skipped = 0
         self.staged: list[Tensor | None] | None = None
         self.unreached: list[Tensor] = []
         self.staged_images = self.window_images = self.batch_images = 0
@@ -125,7 +127,7 @@ class Session:
         self.listening = False
         self.batch_images = batch["img"].shape[0]
         # Gradients are what a window is made of: where there are none, whoever cleared them, a new window begins.
-        if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
+        if not any(p.grad is not None for p in self._parameters()):
             self.window_images, self.staged = 0, None
         if self.staged is None and self.window_images == 0 and self._due():
             start = time.perf_counter()
@@ -136,7 +138,7 @@ class Session:
             # with static_graph, which Ultralytics asks for then, the first one of all sets off the reduction.
             if self.staged_images < self.batch_images or compiled(self.trainer.model):
                 try:
-                    self._stage(loss_of_part(model, batch, self.staged_images))
+                    self._estimate(lambda: loss_of_part(model, batch, self.staged_images))
                 finally:
                     self._disarm()
             self.monitor.refresh_seconds += time.perf_counter() - start
@@ -160,14 +162,43 @@ class Session:
         self.window_images += self.batch_images
         if self.listening:
             start = time.perf_counter()
-            self._stage(loss)
+            self._estimate(lambda: loss)
             self.monitor.refresh_seconds += time.perf_counter() - start
         return original(loss)
 
+    def _estimate(self, loss: Callable[[], Tensor]) -> None:
+        """Stage an estimate from the pass that was listened to; out of memory costs the estimate, not the training."""
+        self.listening, self.skipped = False, False
+        try:
+            self._stage(loss())
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            self.skipped = True
+        if self.skipped:  # here, where the traceback no longer holds the graph
+            self._disarm()
+            torch.cuda.empty_cache()
+            # Staged all the same, so that all ranks reduce and drop it together.
+            self.staged = [torch.full_like(p, torch.nan) if p.requires_grad else None for p in self._parameters()]
+            self._tick(refresh_index=self.clock["refresh_index"] + 1)
+            self._take_fewer_images()
+
+    def _take_fewer_images(self) -> None:
+        fraction = self.clock["hessian_fraction"] / 2
+        fewer = images_in_part(self.batch_images, fraction)
+        if fewer < self.staged_images:
+            self._tick(hessian_fraction=fraction)
+        LOGGER.warning(
+            f"{type(self.optimizer).__name__}: out of memory in a Hessian refresh on {self.staged_images} of "
+            f"{self.batch_images} images; it is skipped, and the next one takes {min(fewer, self.staged_images)}"
+        )
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _stage(self, loss: Tensor) -> None:
-        """Keep an estimate from the pass that was listened to, which gave this loss."""
-        self.listening, index = False, self.clock["refresh_index"]
-        everything = [p for group in self.optimizer.param_groups for p in group["params"]]
+        """Keep an estimate from the pass that gave this loss."""
+        index, everything = self.clock["refresh_index"], self._parameters()
         params = [p for p in everything if p.requires_grad]
         if loss.detach().isfinite().all():
             generator = torch.Generator(loss.device)
@@ -193,19 +224,37 @@ class Session:
         """`BaseTrainer.optimizer_step` without its clip of the gradient norm at 10.
 
         That clip rescales m, by another factor at each step, but not h, and rho loses its meaning; Sophia's own clip
-        bounds each coordinate. A trainer class with its own `optimizer_step` keeps it.
+        bounds each coordinate. A trainer class with its own `optimizer_step` keeps it. A gradient that is not finite
+        makes no step, with and without a scaler: in m, Inf would stay for good, and the clip would hide it.
         """
         trainer = self.trainer
         if type(trainer).optimizer_step is BaseTrainer.optimizer_step:
             trainer.scaler.unscale_(trainer.optimizer)
-            trainer.scaler.step(trainer.optimizer)
+            if trainer.scaler.is_enabled() or self._gradient_is_finite():
+                trainer.scaler.step(trainer.optimizer)
+            else:
+                self.steps_skipped += 1
+                self._warn_of(self.steps_skipped, "skipped a step, for the gradient is not finite")
             trainer.scaler.update()
             trainer.optimizer.zero_grad()
             if trainer.ema:
                 trainer.ema.update(trainer.model)
         else:
             original()
-        self.staged, self.window_images = None, 0  # a step skipped for overflow discards its estimate
+        if self.staged is not None:
+            self._drop("with a step that was skipped")
+        self.window_images = 0
+
+    def _gradient_is_finite(self) -> bool:
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        # The sum of squares is ten times as fast as the largest entry, but overflows from 2e19 on.
+        orders = (2, torch.inf)
+        return not grads or any(torch.stack(torch._foreach_norm(grads, ord=n)).sum().isfinite() for n in orders)
+
+    def _warn_of(self, count: int, event: str) -> None:
+        """Log an event that may come at every step: the first time, then whenever the count has doubled."""
+        if count & (count - 1) == 0:
+            LOGGER.warning(f"{type(self.optimizer).__name__}: {event} ({count} so far)")
 
     def _commit(self) -> None:
         """Before the parameters move: scale the staged estimate to the window, and update h with it."""
@@ -221,14 +270,18 @@ class Session:
                 self._tick(hessian_age=0, hessian_updates=self.clock["hessian_updates"] + 1)
                 self.trainer.run_callbacks("on_hessian_update")
             else:
-                self._tick(hessian_dropped=self.clock["hessian_dropped"] + 1)
-                LOGGER.warning(
-                    f"{type(self.optimizer).__name__}: dropped a Hessian estimate that is not finite "
-                    f"({self.clock['hessian_dropped']} so far)"
-                )
+                self._drop("that is not finite")
+            self.staged = None
             self.monitor.refresh_seconds += time.perf_counter() - start
         if RANK in {-1, 0}:  # the others write no row
             self.monitor.before_step()
+
+    def _drop(self, why: str) -> None:
+        """Count the staged estimate as dropped; where memory did not suffice for it, that has been said."""
+        self.staged = None
+        self._tick(hessian_dropped=self.clock["hessian_dropped"] + 1)
+        if not self.skipped:
+            self._warn_of(self.clock["hessian_dropped"], f"dropped a Hessian estimate {why}")
 
     def _warn_of_the_unreached(self) -> None:
         """Say which parameters have a gradient but no path to the terms: the model's loss adds something of its own."""
