@@ -26,6 +26,14 @@ settings.register_profile("long", settings.get_profile("default"), max_examples=
 settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave the tests marked `long` out, whatever else `-m` selects, unless it names them."""
+    if "long" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_patched():
     """Every test leaves the state of the seams as it found it."""
@@ -61,6 +69,17 @@ def tiny_model(tmp_path_factory) -> Path:
     content |= {"scales": {"n": [0.33, 0.0625, 256]}, "nc": 6}
     path = tmp_path_factory.mktemp("model") / "yolov8n-tiny.yaml"
     path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """YAML of a detector of four convolutions and YOLOv8's head: quick to compile."""
+    import yaml
+
+    layout = {"nc": 6, "backbone": [[-1, 1, "Conv", [8, 3, 2]]] * 4, "head": [[[2, 3], 1, "Detect", ["nc"]]]}
+    path = tmp_path_factory.mktemp("model") / "small.yaml"
+    path.write_text(yaml.safe_dump(layout))
     return path
 
 

@@ -10,12 +10,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from test_update import LEAN, assert_close, laid_out
 from tiny_models import batch_of, build
 from torch import Generator, Tensor
@@ -230,15 +228,6 @@ def test_sophia_h_on_a_closure():
 
 
 # Training -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory) -> Path:
-    """YAML of a detector of four convolutions and YOLOv8's head: quick to compile."""
-    layout = {"nc": 6, "backbone": [[-1, 1, "Conv", [8, 3, 2]]] * 4, "head": [[[2, 3], 1, "Detect", ["nc"]]]}
-    path = tmp_path_factory.mktemp("model") / "small.yaml"
-    path.write_text(yaml.safe_dump(layout))
-    return path
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import ultralytics.utils.dist as launch
 from two_processes import RANKS, TwoProcesses
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_sophia.curvature import GaussNewtonBartlett
 from yolo_sophia.curvature.noise import noise_seed
@@ -21,49 +23,54 @@ BATCH = 8  # of each rank
 
 
 @pytest.fixture(scope="module")
-def run(tiny_data, tiny_model, tmp_path_factory, python) -> SimpleNamespace:
-    """Fifty steps with a refresh at every other one; the eleventh estimate of the second rank is not finite.
+def train(tiny_data, tiny_model, tmp_path_factory, python) -> Callable[..., SimpleNamespace]:
+    """What the ranks saw of a training; with beta2 = 0, h is the estimate that was committed last."""
 
-    With beta2 = 0, h is the estimate that was committed last.
-    """
-    folder = tmp_path_factory.mktemp("ranks")
-    given = {
-        "model": str(tiny_model),
-        "data": str(tiny_data),
-        "imgsz": 64,
-        "epochs": 50,  # of a step each
-        "batch": RANKS * BATCH,
-        "nbs": RANKS * BATCH,
-        "device": "cpu",
-        "plots": False,
-        "val": False,
-        "save": False,
-        "amp": False,
-        "seed": 3,
-        "project": str(folder),
-        "name": "run",
-        "optimizer": "SophiaG",
-        "warmup_epochs": 0,
-        "beta2": 0.0,
-        "hessian_average": "element",
-        "hessian_warmup": 0,
-        "hessian_interval": 2,
-        "hessian_fraction": 0.5,
-    }
-    parent = TwoProcesses(overrides=given)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "USER_CONFIG_DIR", folder)
-        script = launch.generate_ddp_file(parent)
-    port, tests = launch.find_free_network_port(), Path(__file__).parent
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", RANKS, "--master_port", port, script]
-    done = python(*command, SEEN=str(folder), SPOIL="10", PYTHONPATH=f"{tests}:{tests.parent}")
-    seen = [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(RANKS)]
-    return SimpleNamespace(args=parent.args, seen=seen, folder=folder / "run", said=done.stdout + done.stderr)
+    def run(spoil: int = -1, **settings) -> SimpleNamespace:
+        folder = tmp_path_factory.mktemp("ranks")
+        given = {
+            "model": str(tiny_model),
+            "data": str(tiny_data),
+            "imgsz": 64,
+            "batch": RANKS * BATCH,  # a step each epoch
+            "nbs": RANKS * BATCH,
+            "device": "cpu",
+            "plots": False,
+            "val": False,
+            "save": False,
+            "amp": False,
+            "seed": 3,
+            "project": str(folder),
+            "name": "run",
+            "optimizer": "SophiaG",
+            "warmup_epochs": 0,
+            "beta2": 0.0,
+            "hessian_average": "element",
+            "hessian_warmup": 0,
+            "hessian_interval": 2,
+            "hessian_fraction": 0.5,
+        }
+        parent = TwoProcesses(overrides={**given, **settings})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "USER_CONFIG_DIR", folder)
+            script = launch.generate_ddp_file(parent)
+        port, tests = launch.find_free_network_port(), Path(__file__).parent
+        command = ["-m", "torch.distributed.run", "--nproc_per_node", RANKS, "--master_port", port, script]
+        done = python(*command, SEEN=str(folder), SPOIL=str(spoil), PYTHONPATH=f"{tests}:{tests.parent}")
+        seen = [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(RANKS)]
+        return SimpleNamespace(args=parent.args, seen=seen, folder=folder / "run", said=done.stdout + done.stderr)
+
+    return run
 
 
-@pytest.mark.parametrize(("index", "images"), [(0, BATCH), (1, BATCH // 2)], ids=["whole", "part"])
-def test_gradient_and_h_are_those_of_the_sum_of_both_losses(run, index, images):
-    """Computed here in one process, with the labels that each rank drew."""
+@pytest.fixture(scope="module")
+def run(train) -> SimpleNamespace:
+    """Fifty steps with a refresh at every other one; the eleventh estimate of the second rank is not finite."""
+    return train(spoil=10, epochs=50)
+
+
+def check_window(run: SimpleNamespace, index: int, images: int) -> None:
+    """Gradient and h are those of the sum of both losses, computed here in one process with the labels of each rank."""
     windows = [seen["windows"][index] for seen in run.seen]
     assert not torch.equal(*(window["batch"]["img"] for window in windows))
     gradients, estimates = [], []
@@ -87,8 +94,23 @@ def test_gradient_and_h_are_those_of_the_sum_of_both_losses(run, index, images):
     for window in windows:
         assert set(params) == set(window["h"])
         for i, name in enumerate(params):
-            assert torch.equal(window["h"][name], (estimates[0][i] + estimates[1][i]) * (BATCH / images)), name
+            h = (estimates[0][i] + estimates[1][i]) * (BATCH / images)
+            assert torch.equal(window["h"][name], h), name
             torch.testing.assert_close(window["grad"][name], gradients[0][i] + gradients[1][i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("index", "images"), [(0, BATCH), (1, BATCH // 2)], ids=["whole", "part"])
+def test_gradient_and_h_are_those_of_the_sum_of_both_losses(run, index, images):
+    check_window(run, index, images)
+
+
+@pytest.mark.skipif("compile" not in DEFAULT_CFG_DICT, reason="this Ultralytics has no compile=")
+def test_compiled_ranks(train, small_model):
+    """Ultralytics makes the graph of DistributedDataParallel static then."""
+    compiled = train(model=str(small_model), compile=True, epochs=3)
+    check_window(compiled, 0, BATCH)
+    for (a, counters), (b, others) in zip(*(seen["steps"] for seen in compiled.seen)):
+        assert torch.equal(a, b) and counters == others and counters["hessian_updates"] > 0
 
 
 def test_ranks_stay_identical(run):

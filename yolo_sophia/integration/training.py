@@ -43,11 +43,11 @@ def compiled(model: torch.nn.Module) -> bool:
 
 
 def _layers(model: torch.nn.Module) -> list[Any]:
-    """The model, then what it wraps, and so on."""
+    """The model, then what it wraps, and so on. A compiled model has no truth value: it asks the model for a length."""
     layers = [model]
-    while (inner := getattr(layers[-1], "module", None) or getattr(layers[-1], "_orig_mod", None)) is not None:
-        layers.append(inner)
-    return layers
+    while layers[-1] is not None:
+        layers.append(getattr(layers[-1], "module", getattr(layers[-1], "_orig_mod", None)))
+    return layers[:-1]
 
 
 class Session:
