@@ -9,7 +9,11 @@ BUILD ?= build==1.6.1 hatchling==1.33.0 twine==7.0.0
 BIN = $(VENV)/bin
 SITE = $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 
-.PHONY: demo test test-long unit test-newest test-oldest lint dist clean
+# Two versions between them, where the forms of what we hook into differ (docs/VERSIONS.md); any other may be named.
+IN_BETWEEN ?= 8.3.150 8.4.50
+COMPAT = python -m pytest -q -m compat
+
+.PHONY: demo test test-long test-versions unit test-newest test-oldest lint dist clean
 
 demo: $(VENV)/installed ## train YOLOv8n with SophiaG on a generated data set
 	$(BIN)/yolo train model=yolov8n.yaml data=configs/data/shapes.yaml imgsz=160 epochs=20 batch=16 nbs=16 \
@@ -23,12 +27,20 @@ test-newest: $(VENV)/tested
 	$(BIN)/python -m pytest -q
 
 test-oldest: $(VENV)-oldest/tested
-	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-oldest/config $(VENV)-oldest/bin/python -m pytest -q -m compat
+	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-oldest/config $(VENV)-oldest/bin/$(COMPAT)
+
+test-versions: test-oldest $(IN_BETWEEN:%=test-%) $(VENV)/tested ## the integration tests on four versions
+	$(BIN)/$(COMPAT)
+
+test-8.%: $(VENV)-8.%/tested
+	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-8.$*/config $(VENV)-8.$*/bin/$(COMPAT)
 
 unit: $(VENV)/tested ## the tests that take under two minutes together
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-long: $(VENV)/tested ## what CI has no time for: 1,500 random inputs for each test of input
+test-long: $(VENV)/tested $(VENV)-oldest/tested ## what CI has no time for
+	$(BIN)/python -m pytest -q -m long
+	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-oldest/config $(VENV)-oldest/bin/python -m pytest -q -m "long and compat"
 	$(BIN)/python -m pytest -q --hypothesis-profile=long tests/test_fuzz.py
 
 lint: $(VENV)/tested
@@ -64,5 +76,15 @@ $(VENV)-oldest/tested: $(VENV)/tested
 	$(VENV)-oldest/bin/pip install -q --no-deps -e .
 	touch $@
 
+# Any other version with the newest packages, and the few that older ones need besides.
+$(VENV)-8.%/tested: $(VENV)/tested
+	$(PYTHON) -m venv $(VENV)-8.$*
+	$(VENV)-8.$*/bin/pip install -q --no-deps ultralytics==8.$* pandas seaborn tqdm py-cpuinfo pytz tzdata
+	echo "$(SITE)" > $$($(VENV)-8.$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_shared.pth
+	$(VENV)-8.$*/bin/pip install -q --no-deps -e .
+	touch $@
+
+.PRECIOUS: $(VENV)-8.%/tested
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-dist runs dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-dist $(VENV)-8.* runs dist

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
-PATCHES = sorted((ROOT / "patches").glob("*.patch"))
+
+
+def version_of(patch: Path) -> str:
+    return patch.stem.removeprefix("ultralytics-")
+
+
+PATCHES = sorted((ROOT / "patches").glob("*.patch"), key=lambda patch: Version(version_of(patch)))
 
 spec = importlib.util.spec_from_file_location("make_patches", ROOT / "scripts" / "make_patches.py")
 make_patches = importlib.util.module_from_spec(spec)
@@ -24,8 +35,9 @@ YOLO(arguments.pop("model")).train(optimizer="SophiaG", **arguments)
 """
 
 
-def test_there_are_patches():
-    assert PATCHES
+def test_there_are_patches_for_the_oldest_a_late_and_the_newest_version():
+    assert version_of(PATCHES[0]) == "8.3.0"
+    assert Version("8.3.200") < Version(version_of(PATCHES[1])) < Version("8.4") < Version(version_of(PATCHES[-1]))
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
@@ -36,29 +48,54 @@ def test_only_adds_our_lines(patch):
             assert line == "+" or "patch_module" in line, line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
-def test_patched_tree_trains_with_the_autoload_off(patch, tmp_path, tiny_run, python):
-    import json
+def missing(tree: Path) -> list[str]:
+    """What an unpacked wheel requires and this environment lacks."""
+    (folder,) = tree.glob("ultralytics-*.dist-info")
+    lines = metadata.PathDistribution(folder).requires or []
+    needed = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [f"{r} (found {found})" for r in needed if not r.specifier.contains(found := installed(r.name) or "0")]
 
-    version = patch.stem.removeprefix("ultralytics-")
+
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "patch",
+    [
+        *(pytest.param(patch, marks=[pytest.mark.long, pytest.mark.compat], id=patch.stem) for patch in PATCHES[:-1]),
+        pytest.param(PATCHES[-1], id=PATCHES[-1].stem),
+    ],
+)
+def test_patched_tree_trains_with_the_autoload_off(patch, tmp_path, tiny_run, python):
+    version = version_of(patch)
     try:
         tree = make_patches.fetch(version, tmp_path)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"pip cannot fetch ultralytics {version}: {error.stderr[-200:]!r}")
+    if lacking := missing(tree):
+        pytest.skip(f"ultralytics {version} does not run here: it needs {', '.join(lacking)}")
     assert make_patches.make_patch(tree) == patch.read_text(), "the patch is not what the script makes"
-    python("-c", TRAIN, json.dumps({**tiny_run, "name": "autoload"}), PYTHONPATH=str(tree))
+    elsewhere = os.environ.get("PYTHONPATH", "")
+
+    def train(name: str, path: str, autoload: str, check: bool = True) -> subprocess.CompletedProcess:
+        path = os.pathsep.join(filter(None, [path, elsewhere]))
+        arguments = json.dumps({**tiny_run, "name": name})
+        return python("-c", TRAIN, arguments, PYTHONPATH=path, YOLO_SOPHIA_AUTOLOAD=autoload, check=check)
+
+    train("autoload", str(tree), "1")
+    plain = train("plain", str(tree), "0", check=False)
+    assert "NotImplementedError" in plain.stderr  # without patch and autoload there is no SophiaG
     subprocess.run(["git", "apply", "--unidiff-zero", str(patch)], cwd=tree, check=True)
-    done = python(
-        "-c", TRAIN, json.dumps({**tiny_run, "name": "patched"}), PYTHONPATH=str(tree), YOLO_SOPHIA_AUTOLOAD="0"
-    )
+    done = train("patched", str(tree), "0")
     assert "SophiaG" in done.stdout + done.stderr
+    assert f"Ultralytics {version} " in done.stdout + done.stderr
     weights = [
         torch.load(Path(tiny_run["project"]) / name / "weights" / "last.pt", weights_only=False)["model"].state_dict()
         for name in ("autoload", "patched")
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    plain = python(
-        "-c", TRAIN, json.dumps({**tiny_run, "name": "plain"}), check=False, YOLO_SOPHIA_AUTOLOAD="0", PYTHONPATH=""
-    )
-    assert "NotImplementedError" in plain.stderr  # without patch and autoload there is no SophiaG

@@ -8,6 +8,7 @@ and over which preset; whoever finds that adds only what was changed since, by h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -186,9 +187,24 @@ def typed_keys(arguments: dict[str, Any]) -> set[str]:
     return typed
 
 
-def rounded(values: dict[str, Any]) -> dict[str, Any]:
-    """Round those of our knobs that are whole numbers."""
-    return {k: round(v) if k in KNOBS and KNOBS[k].kind is int else v for k, v in values.items()}
+def within(values: dict[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring our knobs into what is searched, where Ultralytics' tuner has not.
+
+    Not every version rounds whole numbers that it does not know, and all but the newest round to five digits last: a
+    small rho becomes 0.
+
+    Args:
+        values: What the tuner proposes.
+        space: Its bounds, lower and upper, by key.
+    """
+    ours = {key: space[key][:2] for key in values if key in KNOBS and key in space}
+    inside = dict(values)
+    for key, (low, high) in ours.items():
+        if KNOBS[key].kind is int:
+            inside[key] = min(max(round(values[key]), math.ceil(low)), math.floor(high))
+        else:
+            inside[key] = min(max(values[key], low), high)
+    return inside
 
 
 def drop_record(arguments: dict[str, Any]) -> bool:

@@ -228,9 +228,9 @@ def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:
             if name is None:
                 for key in set(arguments.OUR_KEYS) - theirs:
                     vars(self.args).pop(key, None)
-            elif not hasattr(module, "CFG_INT_KEYS"):  # an older one rounds no key that it does not know
+            else:
                 mutate = self._mutate
-                self._mutate = lambda *args, **kwargs: arguments.rounded(mutate(*args, **kwargs))
+                self._mutate = lambda *args, **kwargs: arguments.within(mutate(*args, **kwargs), self.space)
 
         return wrapper
 
