@@ -1,4 +1,4 @@
-"""What is done on machines that are not at hand, Windows and MPS, with doubles of what they do differently."""
+"""What is done elsewhere on machines that are not at hand, Windows and MPS, with doubles of what differs there."""
 
 from __future__ import annotations
 

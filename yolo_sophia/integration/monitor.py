@@ -16,6 +16,8 @@ SAMPLED = ("clip_fraction", "grad_norm", "momentum_norm", "hessian_norm", "updat
 SAMPLE_EVERY = 10
 """Optimizer steps from one sample to the next, from the first step of an epoch on: no row is without a gradient norm.
 A sample costs about as much as a step of the optimizer."""
+TOGETHER = 64
+"""Tensors in one call: few kernels on a GPU, and copies of a part of the parameters only."""
 
 
 class Monitor:
@@ -55,27 +57,41 @@ class Monitor:
 
         A coordinate that a cautious step leaves out counts as clipped or not all the same.
         """
-        clipped, count, norms = [], 0, []
+        parts = []
         for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if not (state := self.optimizer.state.get(p)):
-                    continue
-                m, h, correction = (
-                    state["exp_avg"].float(),
-                    state["hessian"].float(),
-                    bias_correction_factor(group, state),
-                )
-                update = h * (group["rho"] / correction)
-                update = update.clamp_(min=group["eps"]) if self.optimizer.floor else update.add_(group["eps"])
-                torch.div(m, update, out=update).clamp_(-1, 1)
-                moved = update * (update * p.grad > 0) if group["cautious"] and p.grad is not None else update
-                norms.append(torch.stack([m.norm(), h.norm() / correction, moved.norm() * float(group["lr"])]))
-                clipped.append(update.abs_().floor_().sum())  # 1 where it is clipped, else 0
-                count += p.numel()
-        if not count:
+            params = [p for p in group["params"] if self.optimizer.state.get(p)]
+            parts += [self._part(group, params[i : i + TOGETHER]) for i in range(0, len(params), TOGETHER)]
+        if not parts:
             return torch.full((4,), math.nan)
-        share = torch.stack(clipped).sum() / count
-        return torch.cat([share.reshape(1), torch.stack(norms).norm(dim=0)])
+        count = sum(
+            p.numel() for group in self.optimizer.param_groups for p in group["params"] if p in self.optimizer.state
+        )
+        clipped, *squares = torch.stack(parts).sum(0)
+        return torch.stack([clipped / count, *(x.sqrt() for x in squares)])
+
+    def _part(self, group: dict, params: list[Tensor]) -> Tensor:
+        """Of some parameters of a group: clipped coordinates, then the squared norms, shape (4,)."""
+        states = [self.optimizer.state[p] for p in params]
+        m, h = ([state[key].float() for state in states] for key in ("exp_avg", "hessian"))
+        corrections = [bias_correction_factor(group, state) for state in states]
+        update = torch._foreach_mul(h, [group["rho"] / c for c in corrections])
+        (torch._foreach_clamp_min_ if self.optimizer.floor else torch._foreach_add_)(update, group["eps"])
+        update = torch._foreach_div(m, update)
+        torch._foreach_clamp_min_(update, -1.0)
+        torch._foreach_clamp_max_(update, 1.0)
+        moved = update
+        if group["cautious"] and all(p.grad is not None for p in params):
+            against = torch._foreach_mul(update, [p.grad.float() for p in params])
+            torch._foreach_sign_(against)
+            torch._foreach_clamp_min_(against, 0.0)
+            moved = torch._foreach_mul(update, against)
+        norms = [torch._foreach_norm(tensors) for tensors in (m, h, moved)]
+        torch._foreach_div_(norms[1], corrections)
+        torch._foreach_mul_(norms[2], float(group["lr"]))
+        torch._foreach_abs_(update)
+        torch._foreach_floor_(update)  # 1 where it is clipped, else 0
+        clipped = torch.stack(torch._foreach_norm(update, ord=1)).sum()
+        return torch.stack([clipped, *(torch.stack(x).square().sum() for x in norms)])
 
     def epoch(self) -> dict[str, float]:
         """Means of this epoch's samples and the counters, by their name in results.csv; starts the next epoch."""
