@@ -4,7 +4,7 @@
 
 A fresh process trains on generated shapes, with a Hessian refresh at every tenth step (each step at first), a
 checkpoint and a validation per epoch. Once an epoch it writes a line of `soak.jsonl`: steps, resident memory, open file
-handles, live Python objects, tensors and state entries, median milliseconds of a step. Printed are the means, and the
+handles, live Python objects, tensors and state entries, median processor time of a step. Printed are the means, and the
 slopes after the first quarter with their standard errors: least squares over means of blocks of epochs, for neighbours
 are not independent. The exit code is 1 where a slope is positive by more than three standard errors and by more than an
 allowance over the whole run. With optimizer=AdamW it says what is Ultralytics' own.
@@ -87,10 +87,10 @@ def train(arguments: list[str]) -> None:
     process, seconds, mark = psutil.Process(), [], [0.0]
 
     def batch_start(trainer: Any) -> None:
-        mark[0] = time.perf_counter()
+        mark[0] = time.process_time()  # others use the machine as well
 
     def batch_end(trainer: Any) -> None:
-        seconds.append(time.perf_counter() - mark[0])
+        seconds.append(time.process_time() - mark[0])
 
     def epoch_end(trainer: Any) -> None:
         if len(seconds) < STEPS_PER_EPOCH:  # the event comes once more after the final validation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -128,3 +129,20 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real images at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Call a function of a test module in a fresh interpreter: hooks off, torch imported, Ultralytics not.
+
+    One interpreter does the slow imports, and each call gets a fork of it.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no forkserver on this platform")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cv2", "matplotlib", "torch", "torchvision", "yaml"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("YOLO_SOPHIA_AUTOLOAD", "0")
+        pool = context.Pool(1, maxtasksperchild=1)
+    with pool:
+        yield lambda function, *arguments: pool.apply(function, arguments)

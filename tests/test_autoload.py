@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -32,23 +31,6 @@ YOLO(arguments.pop("model")).train(**arguments)
 
 
 # Fresh interpreters ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """Call a function of this module in a fresh interpreter: hooks off, torch imported, Ultralytics not.
-
-    One interpreter does the slow imports, and each call gets a fork of it.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("no forkserver on this platform")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cv2", "matplotlib", "torch", "torchvision", "yaml"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("YOLO_SOPHIA_AUTOLOAD", "0")
-        pool = context.Pool(1, maxtasksperchild=1)
-    with pool:
-        yield lambda function, *arguments: pool.apply(function, arguments)
 
 
 @pytest.fixture(scope="module")

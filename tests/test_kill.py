@@ -7,10 +7,15 @@ functions named `child_*`, run in forks of one interpreter that has made the slo
 from __future__ import annotations
 
 import csv
+import json
 import multiprocessing
 import os
+import random
 import signal
+import sqlite3
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -22,8 +27,8 @@ import yaml
 pytestmark = pytest.mark.slow
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-EPOCHS = 2
-KILLS = 20
+EPOCHS = 2  # of `tiny_run`
+KILLS = int(os.environ.get("KILLS", "20"))
 CLOCK = ("rho", "rho_measurements", "hessian_age", "refresh_index", "hessian_updates", "hessian_dropped")
 
 
@@ -159,7 +164,7 @@ def child_train(run: dict[str, Any], moment: str | None, begun: str | None = Non
     model = YOLO(run["model"])
     if begun:
         model.add_callback("on_train_start", lambda trainer: Path(begun).touch())
-    model.train(**{**run, "epochs": EPOCHS, "optimizer": "SophiaG", "hessian_interval": 1, "save_period": 1})
+    model.train(**{**run, "optimizer": "SophiaG", "hessian_interval": 1, "save_period": 1})
 
 
 # What is there after a kill -------------------------------------------------------------------------------------------
@@ -245,3 +250,139 @@ def test_picture_is_whole(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         plot_sophia(table)
     assert picture.read_bytes() == whole
+
+
+# Random moments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_a_training_killed_at_random_moments(tiny_run, tmp_path, capfd):
+    """Each is killed once, and resumed where something is saved and something left to do."""
+    draw, resumes, begun = random.Random(0), 0, tmp_path / "begun"
+    run = {**tiny_run, "val": True, "epochs": 6}
+    whole = start(child_train, {**run, "name": "whole"}, None, str(begun))
+    wait_for(begun.exists, whole)
+    mark = time.monotonic()
+    whole.join()
+    seconds = time.monotonic() - mark
+    finished(Path(run["project"]) / "whole")
+    for number in range(KILLS):
+        begun.unlink()
+        process = start(child_train, {**run, "name": f"run{number}"}, None, str(begun))
+        wait_for(begun.exists, process)
+        process.join(draw.uniform(0, seconds))
+        process.kill()
+        process.join()
+        folder = Path(run["project"]) / f"run{number}"
+        found = checked(folder)
+        if (last := found.get("last.pt")) and 0 <= last["epoch"] < run["epochs"] - 1:
+            resumes += 1
+            resumed(folder, last)
+    capfd.readouterr()
+    with capfd.disabled():
+        sys.stdout.write(f"\n{KILLS} trainings of {seconds:.1f} s killed, {resumes} of them resumed\n")
+    assert resumes >= KILLS // 5
+
+
+def wait_for(condition: Callable[[], bool], process: Any, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        alive = process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
+        assert alive and time.monotonic() < end, "the process is gone, or too slow"
+        time.sleep(0.02)
+
+
+def killed_again_and_again(words: list[str], out: Path, look: Callable[[Path], dict[str, Any]], capfd: Any) -> None:
+    """Kill a command at random moments, each time with or without the training that it has started, then let it finish.
+
+    Args:
+        words: The command, without `out=`; where it finishes before all kills are made, another one begins.
+        out: Folder for the folders of the commands.
+        look: What is finished in a folder, by name; none of it may ever change.
+        capfd: To say how it went.
+    """
+    import psutil
+
+    draw, kills, number, seen, seconds = random.Random(0), 0, 0, {}, 0.0
+    while True:
+        folder = out / str(number)
+        line = [sys.executable, "-m", "yolo_sophia.cli", *words, f"out={folder}"]
+        with (out / f"{number}.txt").open("a") as log:
+            process = subprocess.Popen(line, stdout=log, stderr=log)
+        if not seconds:  # until an epoch is recorded: what a kill takes from a command on this machine
+            mark = time.monotonic()
+            wait_for(lambda folder=folder: any(folder.glob("runs/*/curve.jsonl")), process)
+            seconds = time.monotonic() - mark
+        try:
+            process.wait(None if kills >= KILLS else draw.uniform(0, 2) * seconds)
+        except subprocess.TimeoutExpired:
+            children = psutil.Process(process.pid).children(recursive=True) if draw.random() < 0.5 else []
+            process.kill()
+            process.wait()
+            for child in children:
+                child.kill()
+            kills += 1
+        now = look(folder)
+        assert seen.items() <= now.items(), "something finished was lost or changed"
+        seen = now
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, (out / f"{number}.txt").read_text()[-3000:]
+            with capfd.disabled():
+                sys.stdout.write(f"\n{words[0]}: finished with {len(now)} results after {kills} kills\n")
+            if kills >= KILLS:
+                return
+            number, seen = number + 1, {}
+
+
+@pytest.fixture
+def words(tiny_data, tiny_model) -> list[str]:
+    return [f"data={tiny_data}", f"model={tiny_model}", "imgsz=64", "batch=4", "nbs=4", "device=cpu", "warmup_epochs=0"]
+
+
+def receipts(out: Path) -> dict[str, Any]:
+    from yolo_sophia.compare.worker import CHECKPOINT, RECEIPT, read_curve
+
+    from_ultralytics = {}
+    for folder in (out / "runs").glob("*"):
+        if (receipt := folder / RECEIPT).is_file():
+            told = json.loads(receipt.read_text())
+            rows = read_curve(folder)
+            assert [row["epoch"] for row in rows] == list(range(1, told["epochs"] + 1))
+            from_ultralytics[folder.name] = json.dumps([told, rows])
+        elif (checkpoint := folder / CHECKPOINT).is_file():
+            whole(checkpoint)
+    return from_ultralytics
+
+
+def whole(checkpoint: Path) -> None:
+    """Read a checkpoint that a training beside may replace."""
+    from ultralytics.utils.patches import torch_load
+
+    try:
+        assert torch_load(checkpoint, map_location="cpu")["optimizer"] is not None
+    except FileNotFoundError:
+        pass  # finished meanwhile
+
+
+@pytest.mark.long
+def test_a_comparison_killed_at_random_moments(words, tmp_path, capfd):
+    arms = ["epochs=6", "optimizers=SophiaG,AdamW", "seeds=2", "workers=1", "lr0=0.01"]
+    killed_again_and_again(["compare", *words, *arms], tmp_path, receipts, capfd)
+
+
+@pytest.mark.long
+def test_a_study_killed_at_random_moments(words, tmp_path, capfd):
+    def look(out: Path) -> dict[str, Any]:
+        found = receipts(out)
+        for base in out.glob("*.db"):
+            with sqlite3.connect(base) as connection:
+                assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+                tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+                if "trial_values" in tables:
+                    query = "SELECT t.number, v.value FROM trials t JOIN trial_values v USING (trial_id)"
+                    found |= {
+                        f"trial {n}": value for n, value in connection.execute(query + " WHERE t.state='COMPLETE'")
+                    }
+        return found
+
+    killed_again_and_again(["tune", *words, "epochs=3", "trials=4", "pruner=none"], tmp_path, look, capfd)

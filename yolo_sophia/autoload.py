@@ -61,10 +61,13 @@ def install() -> None:
     Raises:
         RuntimeError: The installed Ultralytics is not supported, or moved what this package depends on.
     """
+    import importlib
+
     if _PostImportFinder not in sys.meta_path:
         sys.meta_path.insert(0, _PostImportFinder)
     for name in TARGETS:
         if name in sys.modules:
+            importlib.import_module(name)  # waits for another thread that is importing it
             patch_module(name)
     if seams := sys.modules.get("yolo_sophia.integration.seams"):
         seams.LEDGER.require_sound()

@@ -20,6 +20,7 @@ import functools
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -30,6 +31,9 @@ from yolo_sophia.integration.dotted import OWN, is_dotted
 
 SUPPORTED = "ultralytics>=8.3,<9"
 _SUPPORTED_MAJOR_MINOR = ((8, 3), (9, 0))  # from, below
+
+
+_LOCK = threading.RLock()  # threads may import, install and uninstall at once
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Ledger:
     """Sets the seams of Ultralytics' modules and takes them back."""
 
     def __init__(self):
+        self.generation = object()
         self.replaced: list[Replaced] = []
         self.added: list[tuple[dict[str, Any], tuple[str, ...]]] = []
         self.problems: list[str] = []
@@ -53,9 +58,13 @@ class Ledger:
 
     def patch(self, module_name: str) -> None:
         """Set the seams of a loaded module, once; what does not fit goes to `problems`."""
-        if module_name in self.patched:
-            return
-        self.patched.add(module_name)
+        with _LOCK:
+            if module_name in self.patched:
+                return
+            self._patch(module_name)
+            self.patched.add(module_name)  # last: in another thread, install() is not done before the seams are set
+
+    def _patch(self, module_name: str) -> None:
         version = getattr(sys.modules.get("ultralytics"), "__version__", "unknown")
         if (problem := version_problem(version)) and problem not in self.problems:
             self.problems.append(problem)
@@ -73,7 +82,14 @@ class Ledger:
             shown = f"takes {found}" if found else "is gone"
             self.problems.append(f"{place}.{name} {shown}, expected {parameters}")
             return False
-        self.set(owner, name, functools.wraps(original)(make(original)))
+        made, generation = make(original), self.generation
+
+        @functools.wraps(original)
+        def replacement(*args, **kwargs):
+            # Somebody who replaced ours holds it, and calls it still when we have taken it back.
+            return (made if self.generation is generation else original)(*args, **kwargs)
+
+        self.set(owner, name, replacement)
         return True
 
     def set(self, owner: Any, name: str, replacement: Any) -> None:
@@ -96,6 +112,10 @@ class Ledger:
 
     def restore(self) -> None:
         """Give back every replaced attribute, in reverse order, and take our keys out of the configuration."""
+        with _LOCK:
+            self._restore()
+
+    def _restore(self) -> None:
         for entry in reversed(self.replaced):
             if entry.owner.__dict__.get(entry.name) is entry.replacement:
                 setattr(entry.owner, entry.name, entry.original)

@@ -13,6 +13,7 @@ and `plot_metrics` at the end.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -224,11 +225,12 @@ class Session:
         """`BaseTrainer.optimizer_step` without its clip of the gradient norm at 10.
 
         That clip rescales m, by another factor at each step, but not h, and rho loses its meaning; Sophia's own clip
-        bounds each coordinate. A trainer class with its own `optimizer_step` keeps it. A gradient that is not finite
+        bounds each coordinate. A trainer class with its own `optimizer_step` keeps it, and so does a package that has
+        replaced the method of Ultralytics' class. A gradient that is not finite
         makes no step, with and without a scaler: in m, Inf would stay for good, and the clip would hide it.
         """
         trainer = self.trainer
-        if type(trainer).optimizer_step is BaseTrainer.optimizer_step:
+        if is_ultralytics_own(type(trainer).optimizer_step):
             trainer.scaler.unscale_(trainer.optimizer)
             if trainer.scaler.is_enabled() or self._gradient_is_finite():
                 trainer.scaler.step(trainer.optimizer)
@@ -316,6 +318,11 @@ class Session:
         original()
         picture = plot_sophia(self.trainer.csv)
         self.trainer.on_plot(picture)
+
+
+def is_ultralytics_own(method: Callable) -> bool:
+    """Whether a method is that of Ultralytics' source: no subclass' own, and not replaced by somebody."""
+    return getattr(method, "__globals__", None) is vars(sys.modules[BaseTrainer.__module__])
 
 
 def _or_zeros(estimate: Tensor | None, p: Tensor) -> Tensor:
