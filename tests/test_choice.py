@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 
 from yolo_sophia.integration.choice import SHORT, choose_preset, has_weights, optimizer_steps
+from yolo_sophia.integration.measure import count_images
 from yolo_sophia.presets import preset_names
 
 pytestmark = pytest.mark.compat
@@ -95,6 +97,15 @@ def test_choice(images, epochs, model, name):
     chosen, reason = choose_preset(arguments(data=images, batch=16, nbs=16, epochs=epochs, model=model))
     assert chosen == name and name in preset_names()
     assert f"{4 * epochs} steps" in reason
+
+
+def test_images_of_several_data_sets(images, tmp_path):
+    """As YOLO-World and YOLOE take them; a set with another kind of labels is not counted."""
+    path, sets = tmp_path / "mixed.yaml", {"yolo_data": [str(images), str(images)]}
+    path.write_text(yaml.safe_dump({"train": sets, "val": sets}))
+    assert count_images(str(path)) == 2 * count_images(str(images))
+    path.write_text(yaml.safe_dump({"train": {**sets, "grounding_data": [{"img_path": "x"}]}, "val": sets}))
+    assert count_images(str(path)) == 0
 
 
 def test_a_run_of_unknown_length_counts_as_long():

@@ -9,7 +9,9 @@ from typing import Any
 
 
 def count_images(data: str) -> int:
-    """Training images that a data YAML names; 0 where they are not there yet (nothing is downloaded).
+    """Training images that a data YAML names; 0 where they are not there yet (nothing is downloaded) or not counted.
+
+    Not counted are those of a YAML of data sets for YOLO-World and YOLOE, where one of them is not in YOLO's format.
 
     Raises:
         ValueError: There is no such YAML, or it names no training images.
@@ -24,6 +26,8 @@ def count_images(data: str) -> int:
         train = content["train"]
     except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"data={data} is no data YAML with a train entry: {type(error).__name__} {error}") from None
+    if isinstance(train, dict):
+        return sum(map(count_images, train["yolo_data"])) if list(train) == ["yolo_data"] else 0
     root = Path(content.get("path") or path.parent)
     root = root if root.is_absolute() or root.is_dir() else Path(DATASETS_DIR) / root
     total = 0

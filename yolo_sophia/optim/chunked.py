@@ -41,7 +41,8 @@ def chunked_update(
         small: list[tuple[Tensor, ...]] = []
         for tensors in zip(*bucket.columns()):
             if tensors[0].numel() < SMALL:
-                small.append(tensors)
+                if tensors[0].numel():  # in PyTorch 2.4 an empty one comes back in another shape
+                    small.append(tensors)
             elif alike(*tensors):
                 flat = flattened(*tensors)
                 for start in range(0, flat[0].numel(), size):
