@@ -280,11 +280,13 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("fraction", [0.25, 1.0], ids=["part", "whole"])
-@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("amp", [False, True, "bf16"], ids=["fp32", "fp16", "bf16"])
 def test_training(train, amp, fraction):
-    run = train(amp=amp, hessian_fraction=fraction, epochs=8 if amp else 2)
-    assert run.trainer.scaler.is_enabled() == (amp and GPU)
-    if amp and GPU:
+    if amp == "bf16" and not GPU:
+        pytest.skip("Ultralytics keeps amp=bf16 for CUDA; tests/test_scale.py has a double")
+    run = train(amp=amp, hessian_fraction=fraction, epochs=8 if amp is True else 2)
+    assert run.trainer.scaler.is_enabled() == (amp is True and GPU)
+    if run.trainer.scaler.is_enabled():
         assert run.trainer.scaler.get_scale() > 0 and math.isfinite(run.trainer.scaler.get_scale())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Commit:
     """One update of h.
 
     Attributes:
+        index: Number of the estimate.
         step: Optimizer steps before it.
         counted: Images of each micro-batch since the last step.
         images: The session's own (images of the window, images estimated).
@@ -56,6 +58,7 @@ class Commit:
         grad: Gradient of the window, flat.
     """
 
+    index: int
     step: int
     counted: list[int]
     images: tuple[int, int]
@@ -101,6 +104,7 @@ class Watched(DetectionTrainer):
         session, raw = self._sophia, self.estimates[-1]
         self.commits.append(
             Commit(
+                index=session.clock["refresh_index"] - 1,
                 step=len(self.windows),
                 counted=list(self.counted),
                 images=(session.window_images, session.staged_images),
@@ -402,6 +406,70 @@ def test_loss_scale_is_not_in_h(tiny_run, batch):
     assert scaled.scales == [scaled.scaler.get_scale()] == [2.0**16]
     assert plain.scales == [1.0] and not plain.scaler.is_enabled()
     torch.testing.assert_close(scaled.commits[0].h, plain.commits[0].h, rtol=1e-5, atol=0)
+
+
+def test_estimate_that_overflows_is_made_at_a_smaller_scale(tiny_run):
+    """With the same labels: h is that of a run without a loss scale. The scale found is where the next one begins."""
+
+    def narrow(estimator):
+        def overflowing(terms, params, generator, scale=1.0):
+            found = estimator(terms, params, generator, scale)
+            if scale > 2.0**12:
+                next(e for e in found if e is not None).view(-1)[0] = math.inf
+            return found
+
+        return overflowing
+
+    class Two(Scaled):
+        stop_after = 2
+
+    class Plain(Watched):
+        stop_after = 2
+
+    scaled, plain = train(Two, tiny_run, narrow), train(Plain, tiny_run)
+    assert scaled.scales == [2.0**16, 2.0**13, 2.0**10, 2.0**10]
+    for a, b in zip(scaled.commits, plain.commits):
+        torch.testing.assert_close(a.h, b.h, rtol=1e-3, atol=1e-6 * float(b.h.max()))
+    assert scaled._sophia.clock["hessian_dropped"] == 0
+
+
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 4), (torch.bfloat16, 8)], ids=["fp16-whole", "bf16-part"])
+def test_half_precision(tiny_run, monkeypatch, dtype, batch):
+    """The loop of Ultralytics with autocast on the CPU, which it keeps for CUDA; in float16 with a scaler.
+
+    Its first steps overflow, those after them are as on any device.
+    """
+    from ultralytics.engine import trainer as engine
+
+    heard = []
+
+    class Half(Scaled if dtype is torch.float16 else Watched):
+        def watch(self):
+            super().watch()
+            self.model.model[0].register_forward_hook(lambda module, x, out: heard.append(out.dtype))
+
+    # Without noise and without moves, so that h differs by rounding alone.
+    settings = {
+        **STILL,
+        "hessian_estimator": "empirical_fisher",
+        "batch": batch,
+        "nbs": batch,
+        "epochs": 12 * batch // 16,
+    }
+    single = train(Watched, tiny_run, **settings)
+    monkeypatch.setattr(engine, "autocast", lambda *args, **kwargs: torch.autocast("cpu", dtype))
+    half = train(Half, tiny_run, **settings)
+    assert set(heard) <= {dtype, torch.float32} and dtype in heard  # validation is in single precision
+    assert len(half.windows) == len(half.commits) >= 4 and len(single.commits) == 12
+    assert all(c.h.isfinite().all() and (c.h >= 0).all() and c.h.dtype == torch.float32 for c in half.commits)
+    exact = {c.index: float(c.h.sum()) for c in single.commits}
+    ratios = [float(c.h.sum()) / exact[c.index] for c in half.commits]
+    # Rounding can also move an assignment, that of bfloat16 (8 bits) often.
+    assert statistics.median(ratios) == pytest.approx(1, abs=0.1 if dtype is torch.float16 else 0.25), ratios
+    # No estimate was dropped but for a step that was skipped, which halves the scale.
+    skipped = round(16 - math.log2(half.scaler.get_scale())) if half.scaler.is_enabled() else 0
+    assert half._sophia.clock["hessian_dropped"] == skipped == 12 - len(half.windows)
+    assert half.scaler.is_enabled() == (skipped > 0) == (dtype is torch.float16)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -13,6 +13,7 @@ and `plot_metrics` at the end.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,9 @@ from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.part import images_in_part, loss_of_part
 from yolo_sophia.integration.whole import final_eval_whole, save_whole
 from yolo_sophia.optim.base import SophiaBase
+
+TRIES = 4
+"""Scales to try for an estimate in float16, each an eighth of the one before."""
 
 
 def unwrap(model: torch.nn.Module) -> Any:
@@ -66,6 +70,7 @@ class Session:
         self.trainer, self.optimizer, self.estimator = trainer, optimizer, estimator
         self.monitor = Monitor(optimizer)
         self.tap: Tap | None = None
+        self.largest_scale = math.inf  # for estimates in float16
         self.listening = False  # whether the pass that is under way gives an estimate
         self.skipped = False  # whether memory did not suffice for the one that is staged
         self.steps_skipped = 0
@@ -202,14 +207,11 @@ class Session:
         index, everything = self.clock["refresh_index"], self._parameters()
         params = [p for p in everything if p.requires_grad]
         if loss.detach().isfinite().all():
-            generator = torch.Generator(loss.device)
-            generator.manual_seed(noise_seed(self.trainer.args.seed, max(RANK, 0), index))
+            seed = noise_seed(self.trainer.args.seed, max(RANK, 0), index)
             if isinstance(self.estimator, Hutchinson):
-                estimates = iter(self.estimator(loss, params, generator))
+                estimates = iter(self.estimator(loss, params, torch.Generator(loss.device).manual_seed(seed)))
             else:
-                scaler = self.trainer.scaler
-                scale = scaler.get_scale() if scaler.is_enabled() else 1.0
-                estimates = iter(self.estimator(self.tap.terms(), params, generator, scale))
+                estimates = iter(self._estimates(params, loss.device, seed))
         else:  # nothing can be sampled from NaN; staged all the same, so that all ranks reduce and drop it together
             self._disarm()
             estimates = (torch.full_like(p, torch.nan) for p in params)
@@ -218,6 +220,25 @@ class Session:
         self.unreached = [p for p, e in zip(everything, found) if e is None and p.requires_grad]
         self.staged = [_or_zeros(e, p) if p.requires_grad else None for p, e in zip(everything, found)]
         self._tick(refresh_index=index + 1)
+
+    def _estimates(self, params: list[Tensor], device: torch.device, seed: int) -> list[Tensor | None]:
+        """Estimates from the terms that were heard; in float16, at a scale at which they do not overflow.
+
+        The loss scale settles where the gradient just does not overflow. The sampled cotangents do not shrink as the
+        loss is fitted, so at that scale they may: then the same labels are pulled back at a smaller one.
+        """
+        terms, scaler = self.tap.terms(), self.trainer.scaler
+        if not scaler.is_enabled():
+            return self.estimator(terms, params, torch.Generator(device).manual_seed(seed), 1.0)
+        scale = min(scaler.get_scale(), self.largest_scale)
+        for attempt in range(TRIES):
+            found = self.estimator(terms, params, torch.Generator(device).manual_seed(seed), scale)
+            if all_finite([e for e in found if e is not None]):
+                if attempt:
+                    self.largest_scale = scale
+                break
+            scale /= 8
+        return found
 
     # One optimizer step ---------------------------------------------------------------------------------------------
 
@@ -265,7 +286,7 @@ class Session:
             estimates = [e for e in self.staged if e is not None]
             factor = reduce_over_ranks(estimates, self.window_images, self.staged_images)
             torch._foreach_mul_(estimates, factor)
-            if torch.stack([e.sum() for e in estimates]).sum().isfinite():
+            if all_finite(estimates):
                 if self.clock["hessian_updates"] == 0:
                     self._warn_of_the_unreached()
                 self.optimizer.update_hessian(self.staged)
@@ -327,6 +348,11 @@ def is_ultralytics_own(method: Callable) -> bool:
 
 def _or_zeros(estimate: Tensor | None, p: Tensor) -> Tensor:
     return torch.zeros_like(p) if estimate is None else estimate
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether the sums of tensors that have no negative entry are finite; waits for the device."""
+    return not tensors or bool(torch.stack([t.sum() for t in tensors]).sum().isfinite())
 
 
 def reduce_over_ranks(estimates: list[Tensor], window_images: int, staged_images: int) -> float:
