@@ -43,12 +43,29 @@ def dry_run(plan: Plan) -> int:
 
 
 def train(plan: Plan) -> tuple[list[Run], list[Progress], list[Search]]:
-    """Keep the plan, tune, and train what is missing; returns the runs, their states, and the record of the tuning."""
+    """Keep the plan, tune, and train what is missing; returns the runs, their states, and the record of the tuning.
+
+    Raises:
+        ValueError: A data set is not there.
+    """
+    check_data(plan)
     plan.out.mkdir(parents=True, exist_ok=True)
     write_whole(plan.out / "plan.yaml", plan_yaml(plan))
     searches, tuned = tune(plan)
     ordered = runs(plan, tuned)
     return ordered, _run(plan, ordered, "compare"), searches
+
+
+def check_data(plan: Plan) -> None:
+    """Refuse a plan whose data YAMLs are not there; their images may still have to be downloaded.
+
+    Raises:
+        ValueError: One is not, or it names no training images.
+    """
+    from yolo_sophia.integration.measure import count_images
+
+    for data in plan.data if plan.engine == "local" else ():  # on a cluster, the nodes have them
+        count_images(data)
 
 
 def finish(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from yolo_sophia.compare.plan import Plan, data_name
 from yolo_sophia.compare.results import RunResult
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.compare.view import View, plan_yaml
-from yolo_sophia.compare.worker import replace, write_whole
+from yolo_sophia.compare.worker import write_bytes_whole, write_whole
 
 HTML, MARKDOWN, CSV, FIGURES = "report.html", "report.md", "results.csv", "figures"
 READING = (
@@ -68,9 +67,7 @@ def write_document(document: Document, out: Path) -> Path:
     """Write a document as report.html, report.md and figures/*.png; returns the path of the first."""
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
     for picture in pictures(document.sections):
-        partial = out / FIGURES / f".{picture.name}.{os.getpid()}"
-        partial.write_bytes(picture.png)
-        replace(partial, out / FIGURES / f"{picture.name}.png")
+        write_bytes_whole(out / FIGURES / f"{picture.name}.png", picture.png)
     write_whole(out / MARKDOWN, to_markdown(document, FIGURES))
     write_whole(out / HTML, to_html(document))
     return out / HTML

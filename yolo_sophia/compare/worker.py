@@ -7,6 +7,7 @@ finished and is taken up from its checkpoint. The process that trains holds the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,13 +26,23 @@ BUSY = 75
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process is killed."""
+    """Write a file that is either the old one or the new one, whenever the process is killed or the disk is full."""
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """Write as `write_whole` does."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def replace(partial: Path, path: Path) -> None:
@@ -145,10 +156,13 @@ def train(folder: Path) -> dict[str, Any]:
     arguments = dict(order["arguments"])
     checkpoint = folder / CHECKPOINT
     resume = checkpoint if checkpoint.is_file() and not order.get("restart") else None
+    if resume and not is_whole(checkpoint):
+        sys.stderr.write(f"{checkpoint} is damaged and cannot be resumed from: this training begins anew.\n")
+        resume = None
     if resume is None:
         (folder / CURVE).unlink(missing_ok=True)
     for weights in (folder / TRAINING / "weights").glob("*.pt") if resume else ():
-        if not zipfile.is_zipfile(weights):  # cut as it was written; best.pt is read at the end, whether new or old
+        if not is_whole(weights):  # cut as it was written; best.pt is read at the end, whether new or old
             shutil.copyfile(checkpoint, weights)
     events = ("train_start", "train_epoch_start", "train_batch_end", "train_epoch_end", "model_save")
     fixed = {"project": str(folder.resolve()), "name": TRAINING, "exist_ok": True}
@@ -170,6 +184,15 @@ def train(folder: Path) -> dict[str, Any]:
     write_whole(folder / RECEIPT, json.dumps(receipt, indent=1, default=str))
     checkpoint.unlink(missing_ok=True)
     return receipt
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a file that torch saved can be read to its end, with the sums that it holds; nothing is unpickled."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError):
+        return False
 
 
 def _versions() -> dict[str, str]:

@@ -49,13 +49,19 @@ def measure_step(arguments: Mapping[str, Any], threads: int) -> tuple[float, int
 
     Returns:
         Seconds per batch (the second of two), parameters of the model, and its GFLOPs per image.
+
+    Raises:
+        ValueError: The model cannot be loaded.
     """
     import torch
     from ultralytics import YOLO
     from ultralytics.utils.torch_utils import get_flops
 
     torch.set_num_threads(threads)
-    model = YOLO(str(arguments["model"])).model.train().float()
+    try:
+        model = YOLO(str(arguments["model"])).model.train().float()
+    except Exception as error:  # of the many kinds that a damaged file, or one of another program, leads to
+        raise ValueError(f"model={arguments['model']} cannot be loaded: {type(error).__name__}: {error}") from None
     batch, size = max(1, int(arguments.get("batch", 16))), int(arguments.get("imgsz", 640))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)

@@ -69,6 +69,7 @@ class Session:
     def __init__(self, trainer: BaseTrainer, optimizer: SophiaBase, estimator: Estimator | Hutchinson):
         self.trainer, self.optimizer, self.estimator = trainer, optimizer, estimator
         self.monitor = Monitor(optimizer)
+        self._built = [{key: own for key, own in g.items() if key != "params"} for g in optimizer.param_groups]
         self.tap: Tap | None = None
         self.largest_scale = math.inf  # for estimates in float16
         self.listening = False  # whether the pass that is under way gives an estimate
@@ -88,8 +89,7 @@ class Session:
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._commit()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            # NaN recovery redoes an epoch from the checkpoint: what was sampled in the bad one is no part of its row.
-            optimizer.register_load_state_dict_post_hook(lambda *_: self.monitor.reset()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._after_load()),
         ]
 
     def _bind(self, owner: Any, name: str, replacement: Callable) -> None:
@@ -320,6 +320,14 @@ class Session:
         self.monitor.after_step()
         if self.clock["hessian_age"] is not None:
             self._tick(hessian_age=self.clock["hessian_age"] + 1)
+
+    def _after_load(self) -> None:
+        """After a resume or NaN recovery: what a checkpoint of an older version lacks is as it was built here."""
+        for group, built in zip(self.optimizer.param_groups, self._built):
+            for key, value in built.items():
+                group.setdefault(key, value)
+        # NaN recovery redoes an epoch from the checkpoint: what was sampled in the bad one is no part of its row.
+        self.monitor.reset()
 
     # One epoch ------------------------------------------------------------------------------------------------------
 

@@ -68,17 +68,18 @@ class SophiaBase(Optimizer):
             state_dict: What `state_dict()` of this class gave.
 
         Raises:
-            ValueError: The state is another optimizer's, or does not fit the parameter groups.
+            ValueError: The state is another optimizer's, or of other parameters or parameter groups.
         """
         foreign = sorted({key for state in state_dict["state"].values() for key in state} - set(STATE))
-        if foreign or any("hessian" not in state for state in state_dict["state"].values()):
+        if foreign or any(not state.keys() >= SETTINGS.keys() for state in state_dict["state"].values()):
             name = type(self).__name__
+            found = f"{foreign} as well" if foreign else f"some without {' or '.join(SETTINGS)}"
             raise ValueError(
-                f"The state is not {name}'s: expected {list(STATE)} for each parameter"
-                f"{f', found {foreign} as well' if foreign else ', found some without hessian'}. Start the optimizer "
-                f"anew, or load a checkpoint that {name} wrote."
+                f"The state is not {name}'s: expected {list(STATE)} for each parameter, found {found}. Start the "
+                f"optimizer anew, or load a checkpoint that {name} wrote."
             )
         self._check_marks({key for group in state_dict["param_groups"] for key in MARKS if key in group})
+        self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, (group, p) in zip(saved, self._parameters()):
@@ -96,6 +97,22 @@ class SophiaBase(Optimizer):
                 f"The state is not {name}'s: its groups have {sorted(found)}, expected {sorted(own)}. "
                 f"Start the optimizer anew, or load a checkpoint that {name} wrote."
             )
+
+    def _check_shapes(self, state_dict: dict) -> None:
+        """Refuse the state of other parameters, or of the same ones in other groups: torch compares no shapes."""
+        found = [len(group["params"]) for group in state_dict["param_groups"]]
+        expected = [len(group["params"]) for group in self.param_groups]
+        remedy = "The model or its parameter groups have changed: start the optimizer anew."
+        if found != expected:
+            raise ValueError(f"The state is of groups of {found} parameters, expected {expected}. {remedy}")
+        saved = (i for group in state_dict["param_groups"] for i in group["params"])
+        for n, (i, (_, p)) in enumerate(zip(saved, self._parameters())):
+            for key in SETTINGS if i in state_dict["state"] else ():
+                if (shape := state_dict["state"][i][key].shape) != p.shape:
+                    there, here = tuple(shape), tuple(p.shape)
+                    raise ValueError(
+                        f"The state has {key} of shape {there} for parameter {n}, expected {here}. {remedy}"
+                    )
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a parameter group; its hyperparameters and parameters are checked first.

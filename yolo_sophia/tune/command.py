@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from yolo_sophia.compare.board import showing
+from yolo_sophia.compare.command import check_data
 from yolo_sophia.compare.execute import Progress
 from yolo_sophia.compare.spaces import FORMS
 from yolo_sophia.compare.worker import write_whole
@@ -33,7 +34,8 @@ def main(words: Sequence[str]) -> int:
     """Run a study; 0 when a trial finished, 1 when none did.
 
     Raises:
-        ValueError: The plan is not valid, or a package is missing.
+        ValueError: The plan is not valid, or a package or a data set is missing.
+        OSError: The storage cannot be written to any more.
         KeyboardInterrupt: Stopped by the user; running the same command again goes on.
     """
     plan = parse(words)
@@ -43,9 +45,10 @@ def main(words: Sequence[str]) -> int:
         print(estimate(plan))
         return 0
     check_packages(plan)
-    from yolo_sophia.tune.study import SharedStudy
+    check_data(plan.base)
+    from yolo_sophia.tune.study import SharedStudy, StorageError  # Optuna is imported from here on
 
-    study = SharedStudy(plan)  # Optuna is imported from here on
+    study = SharedStudy(plan)
     write_whole(plan.base.out / "plan.yaml", plan_yaml(plan))
     try:
         with showing("tune", plan.workers) as show:
@@ -53,6 +56,9 @@ def main(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         finish(study)
         raise
+    except StorageError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise OSError(f"storage={plan.storage}: {reason}. The same command goes on from what is there.") from None
     return finish(study)
 
 

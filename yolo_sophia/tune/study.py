@@ -31,6 +31,8 @@ from yolo_sophia.tune.progress import NOTE, SETTINGS
 BEAT, GRACE = 60, 600
 """Seconds between two heartbeats, and after which a trial without one is dead."""
 IDENTITY, FOLDER = "identity", "folder"
+StorageError = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
+"""What a storage that is full, locked or gone raises while a study goes on."""
 LOCKS, FOLDER_ID = ".locks", ".folder"
 
 
