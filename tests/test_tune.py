@@ -368,11 +368,11 @@ def test_another_study_under_the_same_name_is_refused(changes, says, tuned):
     assert len(tuned(trials=1, sampler="random", workers=2).trials) == before  # these may change
 
 
-def test_a_storage_that_cannot_be_opened(tmp_path, capsys):
+def test_a_storage_that_cannot_be_opened(tiny_data, tmp_path, capsys):
     broken = tmp_path / "broken.db"
     broken.write_text("no data base, but long enough to be read as one " * 10)
     for storage in (str(broken), "nosuch://server/db"):
-        assert cli.main(["tune", *words(storage=storage, out=tmp_path / "out")]) == 2
+        assert cli.main(["tune", *words(storage=storage, out=tmp_path / "out", data=tiny_data)]) == 2
         assert "cannot be opened: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [broken]
 
