@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from ultralytics.utils.patches import torch_load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -69,30 +70,54 @@ def test_same_command_gives_the_same_weights(commands):
     assert largest_difference(*(model.state_dict() for model in finals))[1] == 0
 
 
-def test_checkpoints_serve_without_the_package(commands, python, words):
-    """Predict, validate, export, fine-tune; with a checkpoint of the middle of the run and with the final best.pt."""
-    pytest.importorskip("onnx")
-    script = f"""{WITHOUT_PACKAGE}
-import ultralytics
+SERVE = """
+import onnx, sys, torch, ultralytics
 from ultralytics import YOLO
-for path in sys.argv[1:3]:
-    model = YOLO(path)
-    folder, data = dict(project=sys.argv[3] + "/without", device="cpu"), sys.argv[4]
-    assert len(model.predict(ultralytics.ASSETS / "bus.jpg", imgsz=64, **folder)) == 1
-    metrics = model.val(data=data, imgsz=64, plots=False, **folder)
-    assert 0 <= metrics.box.map <= 1
-    assert model.export(format="onnx", imgsz=64, simplify=False).endswith(".onnx")
+results, data, *paths = sys.argv[1:]
+folder = dict(project=results + ".runs", device="cpu")
+image, found = ultralytics.ASSETS / "bus.jpg", {}
+
+def boxes(task):
+    results = getattr(YOLO(path), task)(image, imgsz=64, conf=1e-6, verbose=False, **folder)
+    return [result.boxes.data for result in results]
+
+for path in paths:
+    script = torch.jit.load(YOLO(path).export(format="torchscript", imgsz=64))
+    graph = onnx.load(YOLO(path).export(format="onnx", imgsz=64, simplify=False)).graph
+    found[path] = {
+        "predict": boxes("predict"),
+        "track": boxes("track"),
+        "val": [torch.tensor(list(YOLO(path).val(data=data, imgsz=64, plots=False, **folder).results_dict.values()))],
+        "torchscript": [script(torch.ones(1, 3, 64, 64))],
+        "onnx": [torch.tensor(list(graph.SerializeToString()))],
+    }
+torch.save(found, results)
+assert bool([name for name in sys.modules if "yolo_sophia" in name]) == PRESENT
+for path in paths if not PRESENT else ():
     YOLO(path).train(data=data, imgsz=64, batch=8, epochs=1, optimizer="AdamW", plots=False, **folder)
-    print("SERVED", path)
-assert not [name for name in sys.modules if "yolo_sophia" in name]
 """
-    files = [commands[0] / "weights" / name for name in ("epoch0.pt", "best.pt")]
-    assert torch_load(files[0], map_location="cpu")["optimizer"]["state"]
-    assert torch_load(files[1], map_location="cpu")["optimizer"] is None
-    done = python("-c", script, *files, commands[0], words[0].partition("=")[2], YOLO_SOPHIA_AUTOLOAD="0")
-    assert [line for line in done.stdout.splitlines() if line.startswith("SERVED")] == [f"SERVED {f}" for f in files]
-    for file in files:
-        assert file.with_suffix(".onnx").stat().st_size > 10**5
+
+
+def test_checkpoints_serve_with_and_without_the_package(commands, python, words, tmp_path):
+    """Predict, track, validate, export, equally; without the package also fine-tune.
+
+    Without it, a checkpoint of the middle of the run serves as well as the final best.pt.
+    """
+    pytest.importorskip("onnx")
+    pytest.importorskip("lap")  # of the trackers
+    files = [commands[0] / "weights" / name for name in ("best.pt", "epoch0.pt")]
+    assert torch_load(files[1], map_location="cpu")["optimizer"]["state"]
+    assert torch_load(files[0], map_location="cpu")["optimizer"] is None
+    data, found = words[0].partition("=")[2], []
+    for present, before in ((True, "import yolo_sophia"), (False, WITHOUT_PACKAGE)):
+        given = files[: 1 if present else 2]
+        code = f"{before}\nPRESENT = {present}\n{SERVE}"
+        python("-c", code, tmp_path / f"{present}.pt", data, *given, YOLO_SOPHIA_AUTOLOAD=str(int(present)))
+        found.append(torch.load(tmp_path / f"{present}.pt"))
+    best = str(files[0])
+    assert [*found[1]] == [*map(str, files)] and found[0][best]["predict"][0].numel() > 0
+    for use, tensors in found[0][best].items():
+        assert all(map(torch.equal, tensors, found[1][best][use])), use
 
 
 @pytest.mark.parametrize("name", ["epoch0.pt", "last.pt", "best.pt"])
