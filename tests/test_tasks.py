@@ -136,6 +136,65 @@ def test_rtdetr_says_that_its_likelihood_is_not_known(data, train, tmp_path):
     assert "RTDETRDetectionLoss" in line and "docs/TASKS.md" in line
 
 
+@pytest.mark.parametrize(("name", "labels"), [("sem", "segment"), ("depth", "depth")])  # masks are made of polygons
+def test_dense_tasks_are_signed(name, labels, data, train, tmp_path):
+    run = train(tiny(MODELS / f"26/yolo26-{name}.yaml", tmp_path), data(labels))
+    assert_curved(run.trainer)
+    assert len([line for line in run.log.splitlines() if "is not known here" in line]) == 1
+
+
+# Text and visual prompts ----------------------------------------------------------------------------------------------
+
+
+def random_embeddings(texts) -> dict[str, torch.Tensor]:
+    """In place of CLIP's, which would have to be downloaded."""
+    g = torch.Generator().manual_seed(0)
+    return {text: torch.nn.functional.normalize(torch.randn(512, generator=g), dim=0) for text in sorted(texts)}
+
+
+@pytest.fixture
+def prompts(monkeypatch) -> None:
+    for path in ("world.train.WorldTrainer", "yoloe.train.YOLOETrainerFromScratch"):
+        module, name = f"ultralytics.models.yolo.{path}".rsplit(".", 1)
+        kind = getattr(pytest.importorskip(module), name)
+        if not hasattr(kind, "generate_text_embeddings"):
+            pytest.skip("this Ultralytics has no place to give text embeddings")
+        monkeypatch.setattr(kind, "generate_text_embeddings", lambda self, texts, *_, **__: random_embeddings(texts))
+    embedded = lambda self, texts, *_, **__: torch.stack(list(random_embeddings(texts).values()))[None]  # noqa: E731
+    monkeypatch.setattr("ultralytics.nn.tasks.YOLOEModel.get_text_pe", embedded)
+    monkeypatch.setattr("ultralytics.nn.tasks.WorldModel.set_classes", lambda *_, **__: None)
+
+
+@pytest.mark.long
+def test_trainer_of_yolo_world(data, train, tmp_path, prompts):
+    from ultralytics import YOLOWorld
+
+    run = train(YOLOWorld(tiny(MODELS / "v8/yolov8-worldv2.yaml", tmp_path)), data("detect"))
+    assert_curved(run.trainer)
+    assert "is not known here" not in run.log
+
+
+@pytest.mark.long
+def test_trainers_of_yoloe(data, train, tmp_path, prompts):
+    """Text prompts, then a linear probe on the trained weights; then visual prompts, with data sets in its own form."""
+    from ultralytics import YOLOE
+    from ultralytics.models.yolo import yoloe
+
+    path = tiny(MODELS / "v8/yoloe-v8.yaml", tmp_path)
+    text = train(YOLOE(path), data("detect"), trainer=yoloe.YOLOETrainer)
+    probe = train(YOLOE(text.trainer.last), data("detect"), trainer=yoloe.YOLOEPETrainer)
+    mixed = tmp_path / "mixed.yaml"
+    mixed.write_text(yaml.safe_dump({split: {"yolo_data": [data("detect")]} for split in ("train", "val")}))
+    visual = train(YOLOE(path), str(mixed), trainer=yoloe.YOLOEVPTrainer)
+    for run in (text, probe, visual):
+        assert_curved(run.trainer)
+        assert "is not known here" not in run.log
+    assert "of unknown length" not in visual.log
+
+
+# Models with losses of their own --------------------------------------------------------------------------------------
+
+
 def test_parameters_without_curvature_are_named(data, train, tiny_model, monkeypatch):
     """A model whose loss adds something to its criterion's; that of Ultralytics alone gives no such line."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import yaml
@@ -86,7 +87,8 @@ def write_data(detection: Path, task: str, folder: Path) -> Path:
 
     Args:
         detection: data.yaml of the set, its images and labels in the layout of Ultralytics.
-        task: segment (a box's corners as polygon), pose (points on the box), obb (its corners) or classify.
+        task: segment (a box's corners as polygon), pose (points on the box), obb (its corners), classify, or depth (the
+            brightness).
         folder: Folder to write into.
     """
     source = Path(yaml.safe_load(detection.read_text())["path"])
@@ -96,6 +98,10 @@ def write_data(detection: Path, task: str, folder: Path) -> Path:
                 target = folder / split / f"c{i % CLASSES}" / image.name
             else:
                 target = folder / "images" / split / image.name
+                if task == "depth":
+                    (folder / "depth" / split).mkdir(parents=True, exist_ok=True)
+                    millimetres = cv2.imread(str(image), cv2.IMREAD_GRAYSCALE).astype(np.uint16) * 20 + 500
+                    cv2.imwrite(str(folder / "depth" / split / f"{image.stem}.png"), millimetres)
                 label = folder / "labels" / split / f"{image.stem}.txt"
                 label.parent.mkdir(parents=True, exist_ok=True)
                 rows = np.loadtxt(source / "labels" / split / label.name, ndmin=2)
@@ -106,6 +112,7 @@ def write_data(detection: Path, task: str, folder: Path) -> Path:
         return folder
     content = {"path": str(folder), "train": "images/train", "val": "images/val", "names": dict(enumerate("abcdef"))}
     content |= {"kpt_shape": [KEYPOINTS, 3]} if task == "pose" else {}
+    content |= {"names": {0: "depth"}} if task == "depth" else {}
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(content))
     return path
