@@ -229,7 +229,7 @@ LOGGERS = {  # logger: package, and what reads back what was logged for sophia/r
     ),
     "wandb": (
         "wandb",
-        "import pathlib; file, = pathlib.Path('.').rglob('*.wandb'); data = file.read_bytes()\n"
+        "file, = save_dir.rglob('*.wandb'); data = file.read_bytes()\n"
         "print('LOGGED', [0.25] * min(2, data.count(b'sophia/rho')))",
     ),
 }
@@ -316,6 +316,9 @@ def test_notebook(tiny_run, tmp_path):
     (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "this", "language": "python"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(tmp_path))
+        patch.setenv("YOLO_CONFIG_DIR", str(tmp_path / "config"))
+        patch.setenv("WANDB_MODE", "offline")  # Ultralytics' integration is on where the package is there
+        patch.delenv("PYTEST_CURRENT_TEST")  # the kernel is none of pytest's
         NotebookClient(book, timeout=500, kernel_name="this", resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = ["".join(out.get("text", "") for out in cell.outputs) for cell in book.cells]
     assert "SophiaG" in shown[0].splitlines()
