@@ -189,7 +189,7 @@ def test_estimate_equals_that_of_the_cpu_for_the_same_labels(task, estimator):
         model = build(task).to(device)
         if hasattr(model, "criterion"):
             del model.criterion  # holds tensors of the device it was made on
-        batch = {key: value.to(device) for key, value in batch_of(task).items()}
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch_of(task).items()}
         model.criterion = model.init_criterion()
         tap = tap_for(model, model.criterion)
         tap.arm()
