@@ -3,8 +3,8 @@
 On CPU, `fused.cpp` is compiled at its first use by the machine's C++ compiler, in about a second, and kept in the
 user's cache folder. It takes every tensor where it lies: gradients need not be gathered. On CUDA, torch.compile turns
 the multi-tensor rule into one Triton kernel for some twenty tensors each, since Inductor fuses `_foreach` operations
-across the tensors of a list; the learning rate and the scale of h enter as tensors, so that nothing is compiled again when they
-change.
+across the tensors of a list; the learning rate and the scale of h enter as tensors, so that nothing is compiled again
+when they change.
 
 There is no fall-back: whoever asks for this and has no compiler gets an error.
 """
