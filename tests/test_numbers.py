@@ -21,7 +21,7 @@ from ultralytics.utils import LOGGER
 from yolo_sophia.optim import SophiaG
 from yolo_sophia.shapes import generate
 
-pytestmark = [pytest.mark.slow, pytest.mark.compat]
+pytestmark = pytest.mark.slow
 STEPS = 4
 
 
@@ -80,6 +80,7 @@ def at_call(number: int, original: Callable, instead: Callable) -> Callable:
 # Not finite -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_loss(value, train, log, monkeypatch):
     """The refresh's own pass and the training's pass of the second step."""
@@ -100,6 +101,7 @@ def test_loss(value, train, log, monkeypatch):
     assert steps == {2 * 2 - 1}
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_gradient(value, train, log):
     def at_start(trainer):
@@ -252,6 +254,7 @@ def test_data(images, change, batch, train, tmp_path):
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("fraction", [1.0, 0.5], ids=["through the graph", "in a pass of its own"])
 def test_out_of_memory_in_a_refresh(fraction, train, log):
     """Of the second epoch, where Ultralytics would give up; batches of 16, a step each."""

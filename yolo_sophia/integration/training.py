@@ -247,8 +247,8 @@ class Session:
 
         That clip rescales m, by another factor at each step, but not h, and rho loses its meaning; Sophia's own clip
         bounds each coordinate. A trainer class with its own `optimizer_step` keeps it, and so does a package that has
-        replaced the method of Ultralytics' class. A gradient that is not finite
-        makes no step, with and without a scaler: in m, Inf would stay for good, and the clip would hide it.
+        replaced the method of Ultralytics' class. A gradient that is not finite makes no step, with and without a
+        scaler: in m, Inf would stay for good, and the clip would hide it.
         """
         trainer = self.trainer
         if is_ultralytics_own(type(trainer).optimizer_step):
