@@ -237,7 +237,7 @@ TRAIN = """
 import json, os, sys
 from pathlib import Path
 from ultralytics import YOLO, settings
-settings.update({sys.argv[2]: True})
+settings.update({name: name == sys.argv[2] for name in ("tensorboard", "mlflow", "wandb")})
 arguments = json.loads(sys.argv[1])
 model = YOLO(arguments.pop("model"))
 model.train(optimizer="SophiaG", rho=0.25, **arguments)
