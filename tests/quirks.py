@@ -20,7 +20,7 @@ def _tune_gives_its_children_what_they_refuse() -> bool:
 
 
 def _recovers_from_nan() -> bool:
-    """From about 8.3.230 on; until 8.4.0 only where the validation collapses as well."""
+    """Not up to 8.3.200; in 8.3.240 to 8.4.50 only where the validation collapses as well."""
     recovery = getattr(BaseTrainer, "_handle_nan_recovery", None)
     return recovery is not None and "fitness_collapse" not in inspect.getsource(recovery)
 
