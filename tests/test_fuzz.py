@@ -356,6 +356,7 @@ yolo_pairs = st.tuples(
 ).map("=".join)
 
 
+@pytest.mark.compat
 @given(st.sampled_from(["SophiaG", "sophiah", "torch.optim.SGD", "AdamW", "auto"]), st.lists(yolo_pairs, max_size=3))
 @example("SophiaG", ["nbs=0", "batch=-1"])
 @example("SophiaG", ["sophia=" + "a" * 500 + ".yaml"])
