@@ -359,6 +359,7 @@ yolo_pairs = st.tuples(
 @pytest.mark.compat
 @given(st.sampled_from(["SophiaG", "sophiah", "torch.optim.SGD", "AdamW", "auto"]), st.lists(yolo_pairs, max_size=3))
 @example("SophiaG", ["nbs=0", "batch=-1"])
+@example("SophiaG", ["batch=" + "9" * 320])
 @example("SophiaG", ["sophia=" + "a" * 500 + ".yaml"])
 @example("SophiaG", ["sophia_typed=x:y", "rho=2"])
 @example("torch.optim.SGD", ["optimizer_args={'momentum': -1}"])

@@ -58,4 +58,4 @@ def optimizer_steps(arguments: Mapping[str, Any]) -> int | None:
     step = max(batch if isinstance(batch, int) else 0, arguments["nbs"], 1)  # Ultralytics 8.3 lets nbs=0 through
     part = fraction[0] if isinstance(fraction, list) else fraction  # a list is for train, val and test
     images = min(images, part) if isinstance(part, int) else images * part
-    return math.ceil(images / step) * arguments["epochs"] if images else None
+    return math.ceil(images / min(step, math.ceil(images))) * arguments["epochs"] if images else None
