@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from quirks import needs_recovery
 from torch import Tensor
 from ultralytics import YOLO
-from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
@@ -152,7 +152,7 @@ def test_estimate(value, train, log):
         assert [float(row["sophia/dropped"]) for row in csv.DictReader(file, skipinitialspace=True)] == [1]
 
 
-@pytest.mark.skipif(not hasattr(BaseTrainer, "_handle_nan_recovery"), reason="this Ultralytics has no recovery")
+@needs_recovery
 def test_weights(train, log):
     """Of the second epoch; m and h come back from last.pt (tests/test_training.py compares them)."""
 
@@ -210,7 +210,7 @@ def test_scale_of_the_loss(train):
         assert torch.equal(other_m, m * scale) and torch.equal(other_h, h * scale)
         assert other_rho == pytest.approx(rho, rel=1e-6)
         sure = m.abs() * min(scale, 1) > 1e-12  # elsewhere eps = 1e-15 has a say
-        assert sure.float().mean() > 0.4
+        assert sure.float().mean() > 0.3
         torch.testing.assert_close(q[sure], p[sure], rtol=0, atol=1e-5)  # lr is 2e-3
 
 
