@@ -31,6 +31,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "hessian_interval": 7,
     "hessian_warmup": 3,
     "cautious": True,
+    "hessian_root": True,
     "bn_momentum": 0.2,
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",

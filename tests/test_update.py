@@ -103,9 +103,11 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
         {"steps": 30, "maximize": True},
         {"steps": 30, "kind": Floored, "eps": 0.05},
         {"steps": 100, "cautious": True},
+        {"steps": 100, "hessian_root": True},
         {"steps": 30, "cautious": True, "maximize": True, "kind": Floored, "eps": 0.05},
+        {"steps": 30, "cautious": True, "maximize": True, "kind": Floored, "eps": 0.05, "hessian_root": True},
     ],
-    ids=["fp32", "fp64", "bf16", "fp16", "maximize", "floor", "cautious", "all"],
+    ids=["fp32", "fp64", "bf16", "fp16", "maximize", "floor", "cautious", "root", "all", "all-root"],
 )
 def test_equals_the_reference(way, settings):
     found, expected = train(**settings, **way), reference(**settings)
@@ -124,6 +126,16 @@ def test_a_cautious_step_leaves_out_what_would_go_against_the_gradient(way, maxi
         optimizer.step()
     sign = 1 if maximize else -1
     assert p.tolist() == pytest.approx([0.1 * sign, 0.0, 0.0, -0.1 * sign, 0.0])
+
+
+@pytest.mark.parametrize("way", [REFERENCE, {}, {"foreach": True}, {"fused": True}], ids=str)
+def test_the_root_divides_by_rho_times_the_root_of_h(way):
+    h, p = torch.tensor([4.0, 0.25, 0.0]), Parameter(torch.zeros(3))
+    optimizer = SophiaG([p], lr=1.0, betas=(0.0, 0.0), rho=0.5, weight_decay=0.0, hessian_root=True, **way)
+    optimizer.update_hessian([h])
+    p.grad = torch.tensor([0.1, -0.1, 0.1])
+    optimizer.step()
+    assert p.tolist() == pytest.approx([-0.1, 0.4, -1.0])
 
 
 @ways

@@ -64,6 +64,7 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
         ),
         "hessian_average": Knob("element", str, lambda v: v in AVERAGES, f"one of {', '.join(AVERAGES)}"),
         "cautious": Knob(False, bool, lambda v: True, "True or False"),
+        "hessian_root": Knob(False, bool, lambda v: True, "True or False"),
         "bn_momentum": Knob(0.03, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "beta2": Knob(0.99, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
     }

@@ -52,6 +52,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         weight_decay=0.0,
         bias_correction=True,
         cautious=knobs["cautious"],
+        hessian_root=knobs["hessian_root"],
         hessian_average=None if knobs["hessian_average"] == "element" else knobs["hessian_average"],
     )
     if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves

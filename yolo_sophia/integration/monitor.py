@@ -74,7 +74,11 @@ class Monitor:
         states = [self.optimizer.state[p] for p in params]
         m, h = ([state[key].float() for state in states] for key in ("exp_avg", "hessian"))
         corrections = [bias_correction_factor(group, state) for state in states]
-        update = torch._foreach_mul(h, [group["rho"] / c for c in corrections])
+        scale = group["rho"] ** 2 if group["hessian_root"] else group["rho"]
+        update = torch._foreach_mul(h, [scale / c for c in corrections])
+        if group["hessian_root"]:
+            torch._foreach_clamp_min_(update, 0.0)
+            torch._foreach_sqrt_(update)
         (torch._foreach_clamp_min_ if self.optimizer.floor else torch._foreach_add_)(update, group["eps"])
         update = torch._foreach_div(m, update)
         torch._foreach_clamp_min_(update, -1.0)

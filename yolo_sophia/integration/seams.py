@@ -162,7 +162,7 @@ def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
         # rho is among none of them: it may be a word, and is judged with us
         ("CFG_FRACTION_KEYS", {"beta2", "bn_momentum", "clip_fraction", "hessian_fraction"}),
         ("CFG_INT_KEYS", {"hessian_interval", "hessian_warmup"}),
-        ("CFG_BOOL_KEYS", {"cautious"}),
+        ("CFG_BOOL_KEYS", {"cautious", "hessian_root"}),
     ):
         original = module.__dict__.get(name)
         if isinstance(original, (set, frozenset)):

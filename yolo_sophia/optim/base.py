@@ -232,7 +232,7 @@ class SophiaBase(Optimizer):
             grads = [self._dense(p.grad, "step()") for p in params]
             states = [self.state[p] or self._state_of(group, p) for p in params]
             scale, bound = self._scale_and_bound(group)
-            scales = [scale * factor] * len(states)
+            scales = [(scale**2 if group["hessian_root"] else scale) * factor] * len(states)
             if group["bias_correction"]:
                 scales = [x / bias_correction_factor(group, s) for x, s in zip(scales, states)]
             _count([s["step"] for s in states])
@@ -245,6 +245,7 @@ class SophiaBase(Optimizer):
                 bound=bound,
                 floor=self.floor,
                 cautious=group["cautious"],
+                root=group["hessian_root"],
             )
             m, h = ([s[key] for s in states] for key in SETTINGS)
             choose_update(group, params)(params, grads, m, h, scales, rule)
@@ -252,8 +253,8 @@ class SophiaBase(Optimizer):
     def _steer(self, factor: float) -> None:
         """Measure rho where it is steered and h has moved since; groups of one clip fraction share one rho."""
         due = [group for group in self.param_groups if group["rho_due"]]
-        for fraction in {group["clip_fraction"] for group in due}:
-            groups = [group for group in due if group["clip_fraction"] == fraction]
+        for fraction, root in {(group["clip_fraction"], group["hessian_root"]) for group in due}:
+            groups = [g for g in due if (g["clip_fraction"], g["hessian_root"]) == (fraction, root)]
             pairs = [(g, p) for g in groups for p in g["params"] if p.grad is not None and p in self.state]
             if not pairs:
                 continue
@@ -265,6 +266,7 @@ class SophiaBase(Optimizer):
                 [factor / bias_correction_factor(g, s) for (g, _), s in zip(pairs, states)],
                 [g["betas"][0] for g, _ in pairs],
                 fraction,
+                root,
             )
             for group in groups:
                 group["rho_due"] = False
@@ -290,6 +292,7 @@ def optional_settings() -> dict[str, Any]:
         "bias_correction": False,
         "hessian_average": None,
         "cautious": False,
+        "hessian_root": False,
         "clip_fraction": None,  # the fraction that rho is steered to, None: rho is fixed
         "rho_measurements": 0,
         "rho_due": False,  # whether h has moved since rho was measured

@@ -93,7 +93,10 @@ class _Chunk:
     def _apply(self, p: Tensor, g: Tensor, m: Tensor, h: Tensor) -> None:
         rule = self.rule
         m.mul_(self.beta1).add_(g, alpha=rule.gain)
-        if rule.floor:
+        if rule.root:
+            update = torch.mul(h, self.scale).clamp_(min=0).sqrt_()
+            update = update.clamp_(min=float(self.eps)) if rule.floor else update.add_(self.eps)
+        elif rule.floor:
             update = torch.mul(h, self.scale).clamp_(min=float(self.eps))
         else:
             update = torch.add(self.eps, h, alpha=self.scale)

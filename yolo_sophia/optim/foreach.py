@@ -54,6 +54,9 @@ def apply_rule(
     torch._foreach_mul_(m, rule.beta1)
     torch._foreach_add_(m, g, alpha=rule.gain)
     update = torch._foreach_mul(h, scale)
+    if rule.root:
+        torch._foreach_clamp_min_(update, 0)
+        torch._foreach_sqrt_(update)
     (torch._foreach_clamp_min_ if rule.floor else torch._foreach_add_)(update, rule.eps_in(dtype))
     torch._foreach_reciprocal_(update)  # m / update would be a second copy of the parameters
     torch._foreach_mul_(update, m)

@@ -38,7 +38,7 @@ struct Numbers {  // of Rule, in reference.py
 };
 
 // The rule, with torch's rounding: add_(x, alpha) rounds once.
-template <bool floor, bool cautious>
+template <bool floor, bool cautious, bool root>
 static void update(const Piece& t, int64_t begin, int64_t end, const Numbers& numbers) {
     const work beta1 = numbers.beta1, gain = numbers.gain, scale = numbers.scale, eps = numbers.eps;
     const work bound = numbers.bound, shrink = numbers.shrink, lr = numbers.lr;
@@ -49,6 +49,7 @@ static void update(const Piece& t, int64_t begin, int64_t end, const Numbers& nu
     for (int64_t i = begin; i < end; ++i) {
         const work momentum = std::fma(work(g[i]), gain, work(m[i]) * beta1);
         work denominator = work(h[i]) * scale;
+        if (root) denominator = std::sqrt(denominator < 0 ? work(0) : denominator);
         if (floor) denominator = denominator < eps ? eps : denominator;
         else denominator += eps;
         work step = momentum / denominator;
@@ -66,9 +67,12 @@ static void update(const Piece& t, int64_t begin, int64_t end, const Numbers& nu
 // Each thread takes an equal part of all entries, wherever the pieces begin and end.
 // The table holds five rows of `length` numbers: the addresses of p, g, m and h, and the number of entries.
 extern "C" void sophia_update(const int64_t* table, int64_t length, const Numbers* numbers, int floor, int cautious,
-                              int threads) {
-    const auto plain = floor ? update<true, false> : update<false, false>;
-    const auto apply = cautious ? floor ? update<true, true> : update<false, true> : plain;
+                              int root, int threads) {
+    using Rule = decltype(&update<false, false, false>);
+    static constexpr Rule rules[] = {update<false, false, false>, update<false, false, true>, update<false, true, false>,
+                                     update<false, true, true>,   update<true, false, false>, update<true, false, true>,
+                                     update<true, true, false>,   update<true, true, true>};
+    const Rule apply = rules[(floor != 0) * 4 + (cautious != 0) * 2 + (root != 0)];
     const int64_t *params = table, *grads = params + length, *exp_avgs = grads + length, *hessians = exp_avgs + length;
     const int64_t* counts = hessians + length;
     int64_t total = 0;

@@ -77,7 +77,7 @@ def check_compiler(p: Tensor, exp_avg: torch.dtype, hessian: torch.dtype) -> Non
 def _kernel(param: torch.dtype, exp_avg: torch.dtype, hessian: torch.dtype) -> ctypes._CFuncPtr:
     library = build("fused.cpp", PARAM=NAMES[param], EXP_AVG=NAMES[exp_avg], HESSIAN=NAMES[hessian])
     function = ctypes.CDLL(str(library)).sophia_update
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int] * 4]
     function.restype = None
     return function
 
@@ -98,6 +98,7 @@ def _update_on_cpu(bucket: Bucket, rule: Rule) -> None:
         (ctypes.c_double * len(numbers))(*numbers),
         rule.floor,
         rule.cautious,
+        rule.root,
         min(torch.get_num_threads(), 1 + sum(counts) // ENTRIES_PER_THREAD),
     )
 

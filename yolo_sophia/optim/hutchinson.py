@@ -43,6 +43,8 @@ class SophiaH(RefreshingSophia):
         bias_correction: Divide h by 1 - b2^t after t refreshes, as Adam does.
         hessian_average: None, "kernel" or "row", as in `SophiaG`.
         cautious: Move only the coordinates whose update has the sign of the gradient (arXiv 2411.16085).
+        hessian_root: Divide by rho sqrt(h) instead of rho h: steps as Adam's, with the curvature in the place of the
+            squared gradients. Off in the official release.
         clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1), as in `SophiaG`.
         foreach: Use the multi-tensor implementation, or (False) the reference; None chooses by device.
         fused: Use one compiled pass: needs a C++ compiler on CPU and Triton on CUDA.
@@ -73,6 +75,7 @@ class SophiaH(RefreshingSophia):
         bias_correction: bool = False,
         hessian_average: str | None = None,
         cautious: bool = False,
+        hessian_root: bool = False,
         clip_fraction: float | None = None,
         foreach: bool | None = None,
         fused: bool = False,
@@ -93,6 +96,7 @@ class SophiaH(RefreshingSophia):
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
             "cautious": cautious,
+            "hessian_root": hessian_root,
             "clip_fraction": clip_fraction,
         }
         super().__init__(params, defaults, k=k, seed=seed)

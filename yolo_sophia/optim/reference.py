@@ -6,7 +6,8 @@
 A cautious step leaves out the coordinates whose update has not the sign of the gradient (arXiv 2411.16085, without its
 rescaling of the others: lr stays the bound of a coordinate's step).
 
-Paper: arXiv 2305.14342, whose denominator is max(rho h, eps); the official code's is rho h + eps.
+Paper: arXiv 2305.14342, whose denominator is max(rho h, eps); the official code's is rho h + eps. With `root` the root of
+scale h takes the place of scale h: rho sqrt(h).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Rule:
         floor: Take eps as the smallest value of the denominator: a negative h, as of Hutchinson's estimate, then
             gives a step of full size along the momentum.
         cautious: Move only the coordinates whose update has the sign of the gradient.
+        root: Take the square root of scale h, 0 where it is negative.
     """
 
     lr: float
@@ -42,6 +44,7 @@ class Rule:
     bound: float = 1.0
     floor: bool = False
     cautious: bool = False
+    root: bool = False
 
     @property
     def gain(self) -> float:
@@ -87,7 +90,7 @@ def single_tensor_update(
         grads: Gradients g, of the shapes and dtypes of params.
         exp_avgs: Momenta m, of the shapes of params and of their dtype or another.
         hessians: Curvatures h, likewise; read only.
-        scales: Factor on h in the denominator per tensor: rho, times bs, over the bias correction.
+        scales: Factor on h in the denominator per tensor: rho (squared with `root`), times bs, over the bias correction.
         rule: What the tensors share.
     """
     for *stored, scale in zip(params, grads, exp_avgs, hessians, scales):
@@ -95,6 +98,8 @@ def single_tensor_update(
         p, g, m, h = (t.to(dtype) for t in stored)  # itself where the dtype is right already
         m.mul_(rule.beta1).add_(g, alpha=rule.gain)
         update, eps = torch.mul(h, scale), rule.eps_in(dtype)
+        if rule.root:
+            update.clamp_(min=0).sqrt_()
         update = update.clamp_(min=eps) if rule.floor else update.add_(eps)
         torch.div(m, update, out=update).clamp_(-rule.bound, rule.bound)
         if rule.cautious:

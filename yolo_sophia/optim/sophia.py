@@ -45,6 +45,8 @@ class SophiaG(SophiaBase):
             (kernel) or 1 (row) dimensions. Off in the official release.
         cautious: Move only the coordinates whose update has the sign of the gradient (arXiv 2411.16085, without
             its rescaling of the others). Off in the official release.
+        hessian_root: Divide by rho sqrt(h) instead of rho h: steps as Adam's, with the curvature in the place of the
+            squared gradients. Off in the official release.
         clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1); None takes
             `steering.CLIP_FRACTION`.
 
@@ -75,6 +77,7 @@ class SophiaG(SophiaBase):
         bias_correction: bool = False,
         hessian_average: str | None = None,
         cautious: bool = False,
+        hessian_root: bool = False,
         clip_fraction: float | None = None,
     ):
         defaults = {
@@ -91,6 +94,7 @@ class SophiaG(SophiaBase):
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
             "cautious": cautious,
+            "hessian_root": hessian_root,
             "clip_fraction": clip_fraction,
             "hessian_source": None,  # what h was made of: None (no update yet), "grad" (needs bs) or "estimates"
         }

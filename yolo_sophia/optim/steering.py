@@ -48,6 +48,7 @@ def clip_quantile(
     factors: Sequence[float],
     beta1: Sequence[float],
     clip_fraction: float,
+    root: bool = False,
 ) -> float | None:
     """The rho that would clip a fraction of the coordinates in the step that is about to be taken.
 
@@ -60,6 +61,7 @@ def clip_quantile(
         factors: What else multiplies h in the denominator, per tensor (bs, the inverse of the bias correction).
         beta1: Decay of m, per tensor.
         clip_fraction: c, in (0, 1).
+        root: The denominator is rho sqrt(h), not rho h.
 
     Returns:
         q, or None where no rho gives this fraction: m is zero, or h is, for too many coordinates, or one is not finite.
@@ -72,6 +74,7 @@ def clip_quantile(
             continue
         g, m, h = (x.reshape(-1)[start::stride].float() for x in (g, m, h))
         numerator, denominator = torch.lerp(g, m, b1).abs(), h * factor
+        denominator = denominator.clamp(min=0).sqrt() if root else denominator
         ratio = torch.where(denominator > 0, numerator / denominator, torch.inf)
         ratios.append(ratio.masked_fill(numerator == 0, 0.0))
     device = ratios[0].device
