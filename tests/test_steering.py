@@ -41,9 +41,10 @@ def train(optimizer: SophiaG, steps: range, scale: float = 1.0) -> list[float]:
     return shares
 
 
+@pytest.mark.parametrize("root", [False, True])
 @pytest.mark.parametrize("clip_fraction", [0.1, 0.6, 0.95])
-def test_the_first_measurement_is_exact_and_later_ones_hold_the_target(clip_fraction):
-    optimizer = make(clip_fraction, bias_correction=True)
+def test_the_first_measurement_is_exact_and_later_ones_hold_the_target(clip_fraction, root):
+    optimizer = make(clip_fraction, bias_correction=True, hessian_root=root)
     shares = train(optimizer, range(100))
     assert shares[0] == pytest.approx(clip_fraction, abs=0.01)  # before the average has any memory
     assert sum(shares[-50:]) / 50 == pytest.approx(clip_fraction, abs=0.04)

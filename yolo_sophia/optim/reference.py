@@ -6,8 +6,8 @@
 A cautious step leaves out the coordinates whose update has not the sign of the gradient (arXiv 2411.16085, without its
 rescaling of the others: lr stays the bound of a coordinate's step).
 
-Paper: arXiv 2305.14342, whose denominator is max(rho h, eps); the official code's is rho h + eps. With `root` the root of
-scale h takes the place of scale h: rho sqrt(h).
+Paper: arXiv 2305.14342, whose denominator is max(rho h, eps); the official code's is rho h + eps. With `root`, the
+root of scale h takes the place of scale h: rho sqrt(h).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def single_tensor_update(
         grads: Gradients g, of the shapes and dtypes of params.
         exp_avgs: Momenta m, of the shapes of params and of their dtype or another.
         hessians: Curvatures h, likewise; read only.
-        scales: Factor on h in the denominator per tensor: rho (squared with `root`), times bs, over the bias correction.
+        scales: Factor on h in the denominator per tensor: rho (squared with `root`) times bs over the bias correction.
         rule: What the tensors share.
     """
     for *stored, scale in zip(params, grads, exp_avgs, hessians, scales):
