@@ -45,7 +45,7 @@ def plot_sophia(results: str | Path) -> Path:
         ax.set_xlabel("epoch")
         ax.grid(alpha=0.3)
         if log and any(v > 0 for line in ax.lines for v in line.get_ydata()):
-            ax.set_yscale("log")
+            ax.set_yscale("log", nonpositive="mask")  # no update yet where a warm-up begins with lr = 0
         if title == "clip fraction":
             ax.set_ylim(-0.02, 1.02)
         elif not log:
