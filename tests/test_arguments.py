@@ -33,6 +33,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "cautious": True,
     "hessian_root": True,
     "bn_momentum": 0.2,
+    "head_lr_factor": 3.5,
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",
     "beta2": 0.77,

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 
+from yolo_sophia.integration.arguments import resolve
 from yolo_sophia.integration.choice import SHORT, choose_preset, has_weights, optimizer_steps
 from yolo_sophia.integration.measure import count_images
+from yolo_sophia.integration.rates import factor_for, rate_for
 from yolo_sophia.presets import preset_names
 
 pytestmark = pytest.mark.compat
@@ -111,3 +114,66 @@ def test_images_of_several_data_sets(images, tmp_path):
 def test_a_run_of_unknown_length_counts_as_long():
     chosen, reason = choose_preset(arguments(data="missing.yaml", model="yolov8n.pt"))
     assert (chosen, reason) == ("detect-finetune", "chosen for a fine-tuning of unknown length")
+
+
+@pytest.fixture
+def weights(tmp_path, tiny_model) -> Path:
+    """A checkpoint of a model that knows cats, dogs and a person."""
+    model, path = YOLO(tiny_model).model, tmp_path / "weights.pt"
+    model.names = {0: "cat", 1: "dog", 2: "Person"}
+    torch.save({"model": model}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "lr", "why"),
+    [
+        ("[a, b, c]", {}, 0.001429, "for 3 new classes"),
+        ("[a, b, c]", {"single_cls": True}, 0.002, "for 1 new class"),
+        ("nothing\nnc: 80", {}, 0.000119, "for 80 new classes"),
+        ("nothing", {}, 0.000714, "for an unknown number of new classes"),  # as of ten
+        ("[person, helmet]", {}, 0.00012, "as the weights know 1 of 2 classes"),
+        ("[person, helmet]", {"single_cls": True}, 0.00012, "as the weights know 1 of 2 classes"),
+        ("[person, helmet, vest]", {}, 0.001429, "for 3 new classes"),
+        (
+            "{0: Dog, 1: CAT}",
+            {"model": "yolov8n.yaml", "pretrained": True},
+            0.00012,
+            "as the weights know 2 of 2 classes",
+        ),
+    ],
+)
+def test_the_learning_rate_that_follows_from_the_classes(tmp_path, weights, names, given, lr, why):
+    """Ultralytics' own rule for AdamW, round(0.002 * 5 / (4 + nc), 6), unless the weights know the classes."""
+    path = tmp_path / "data.yaml"
+    path.write_text(f"train: images\nval: images\nnames: {names}\n".replace("names: nothing\n", ""))
+    if given.get("pretrained"):
+        given = {**given, "pretrained": str(weights)}
+    run = {**arguments(data=path), "model": str(weights), **given}
+    assert rate_for(run) == (lr, why)
+    settled = resolve({**run, "sophia": "detect-short"}, ())
+    assert (settled.values["lr0"], settled.sources["lr0"]) == (lr, "preset")
+    assert settled.reason == f"asked for, lr0={lr} {why}"
+    again = resolve({**run, **settled.values}, ())  # as a child process does
+    assert (again.values, again.sources, again.reason) == (settled.values, settled.sources, "")
+    resumed = resolve({**run, **settled.values, "model": "last.pt", "pretrained": True, "resume": True}, ())
+    assert (resumed.values, resumed.sources) == (settled.values, settled.sources)
+    searched = resolve({**run, **settled.values, "lr0": 0.5}, ())  # by model.tune
+    assert (searched.values["lr0"], searched.sources["lr0"]) == (0.5, "typed")
+
+
+def test_the_classes_of_files_that_cannot_be_read_are_unknown(tmp_path):
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(b"no checkpoint")
+    unknown = (0.000714, "for an unknown number of new classes")
+    assert rate_for(arguments(data="missing.yaml", model=str(damaged))) == unknown
+    assert rate_for(arguments(data=None, model=None)) == unknown
+
+
+@pytest.mark.parametrize(
+    ("lr", "new", "factor"),
+    [(0.001, True, 2.5), (0.000119, True, 21.0084), (0.000119, False, 1.0), (0.01, True, 1.0), (0.0, True, 1.0)],
+)
+def test_the_factor_of_a_head(lr, new, factor):
+    """A new head learns at 0.0025 whatever the rest does."""
+    assert factor_for(lr, new) == factor

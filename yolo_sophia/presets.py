@@ -65,6 +65,7 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
         "hessian_average": Knob("element", str, lambda v: v in AVERAGES, f"one of {', '.join(AVERAGES)}"),
         "cautious": Knob(False, bool, lambda v: True, "True or False"),
         "hessian_root": Knob(False, bool, lambda v: True, "True or False"),
+        "head_lr_factor": Knob(1.0, float, lambda v: 0 < v < math.inf, "a number > 0, or auto", words=("auto",)),
         "bn_momentum": Knob(0.03, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
         "beta2": Knob(0.99, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
     }
@@ -73,7 +74,7 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
 
 BORROWED: Mapping[str, Knob] = MappingProxyType(
     {
-        "lr0": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+        "lr0": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]", words=("auto",)),  # the word in a preset
         "lrf": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]"),
         "momentum": Knob(None, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
         "weight_decay": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]"),

@@ -16,6 +16,7 @@ from typing import Any
 
 from yolo_sophia.integration import dotted
 from yolo_sophia.integration.choice import choose_preset
+from yolo_sophia.integration.rates import AUTO, rate_for
 from yolo_sophia.presets import (
     BORROWED,
     CHOSEN,
@@ -81,7 +82,7 @@ class Resolved:
         values: Arguments to set: the knobs, the borrowed arguments that were decided here, and the markers.
         sources: Per argument "typed", "preset", "default" or "optimizer".
         preset: The preset.
-        reason: Why it was chosen, where the user named none.
+        reason: Why it was chosen, where the user named none, and what its learning rate follows from, if it does.
     """
 
     values: dict[str, Any]
@@ -96,7 +97,7 @@ class Resolved:
         return f"preset '{self.preset.name}' ({self.preset.status}), " + ", ".join(shown)
 
     def announce(self) -> None:
-        """Say which preset was chosen and why, where the user named none."""
+        """Say which preset was chosen and why, where the user named none, or where it decides on more."""
         from ultralytics.utils import LOGGER, RANK, colorstr
 
         if self.reason and RANK in {-1, 0}:
@@ -143,6 +144,12 @@ def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
             continue  # Ultralytics' own default stands
         values[key] = check_value(key, value)
         sources[key] = source
+    if values.get("lr0") == AUTO:
+        if recorded:  # a resumed run starts from its own weights, which know the classes
+            values["lr0"] = arguments["lr0"]
+        else:
+            values["lr0"], why = rate_for(arguments)
+            reason = f"{reason or 'asked for'}, lr0={values['lr0']} {why}"
     if values["rho"] != "auto" and "clip_fraction" in typed:
         raise ValueError(
             f"clip_fraction={values['clip_fraction']} belongs to rho=auto, found rho={values['rho']}: remove one."
@@ -170,6 +177,8 @@ def _changed(arguments: dict[str, Any], preset: Preset) -> set[str]:
 
     given = {key: DEFAULT_CFG_DICT[key] for key in BORROWED} | {key: knob.default for key, knob in KNOBS.items()}
     given |= preset.settings
+    if given["lr0"] == AUTO:
+        given["lr0"] = arguments["lr0"] if arguments.get("resume") else rate_for(arguments)[0]
     return {key for key, value in given.items() if arguments.get(key, value) != value}
 
 
@@ -220,7 +229,7 @@ def drop_record(arguments: dict[str, Any]) -> bool:
         return False
     settings = _known_or_bare(recorded).settings
     for key in BORROWED:
-        if key in settings and key not in keys.split(",") and arguments.get(key) == settings[key]:
+        if key in settings and key not in keys.split(",") and settings[key] in (AUTO, arguments.get(key)):
             arguments[key] = DEFAULT_CFG_DICT[key]
     for key in OUR_KEYS:
         arguments.pop(key, None)
@@ -268,10 +277,11 @@ def settle(args: Any, overrides: dict[str, Any] | None) -> Resolved | None:
             vars(args).pop(key, None)
         if theirs and not args.resume:  # a resumed run has its own final arguments
             dotted.settle_dotted(args, typed)
-            if "bn_momentum" in typed:
-                check_value("bn_momentum", args.bn_momentum)
-            else:
-                vars(args).pop("bn_momentum", None)
+            for key in dotted.SHARED:
+                if key in typed:
+                    check_value(key, getattr(args, key))
+                else:
+                    vars(args).pop(key, None)
         return None
     if dotted.ARGUMENTS in typed:
         raise ValueError(

@@ -13,6 +13,7 @@ from yolo_sophia.curvature import ESTIMATORS, Hutchinson
 from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer, resolve
 from yolo_sophia.integration.dotted import build_dotted
 from yolo_sophia.integration.heads import tap_for
+from yolo_sophia.integration.rates import AUTO, factor_for, is_new
 from yolo_sophia.integration.training import Session, compiled, unwrap
 from yolo_sophia.integration.whole import reworded
 from yolo_sophia.optim import SophiaG, SophiaH
@@ -43,7 +44,9 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
     resolved = resolve({**vars(trainer.args), "optimizer": name}, ())
     knobs = resolved.values
     schedule = {key: knobs[key] for key in ("hessian_interval", "hessian_warmup", "hessian_fraction")}
-    groups = parameter_groups(original, call, name, **schedule, **CLOCK)
+    groups = parameter_groups(
+        original, call, name, settle_factor(trainer, call, knobs["head_lr_factor"], name), **schedule, **CLOCK
+    )
     settings = dict(
         lr=call["lr"],
         betas=(call["momentum"], knobs["beta2"]),
@@ -114,20 +117,73 @@ def build_other(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) 
     """Build an optimizer given by a dotted path; arguments as in `build_sophia`."""
     if getattr(trainer.args, "bn_momentum", None) is not None:
         set_bn_momentum(trainer.model, trainer.args.bn_momentum)
-    return build_dotted(trainer, parameter_groups(original, call, call["name"]), call)
+    factor = settle_factor(trainer, call, getattr(trainer.args, "head_lr_factor", None), call["name"])
+    return build_dotted(trainer, parameter_groups(original, call, call["name"], factor), call)
 
 
-def parameter_groups(original: Callable, call: dict[str, Any], shown: str, **extra: Any) -> list[dict[str, Any]]:
+def settle_factor(trainer: BaseTrainer, call: dict[str, Any], given: float | str | None, shown: str) -> float:
+    """The number that head_lr_factor is in this run; "auto" is replaced in the trainer's arguments, which are resumed.
+
+    Args:
+        trainer: The trainer.
+        call: Arguments of the call to `build_optimizer`.
+        given: A number, "auto", or None.
+        shown: Name of the optimizer for the line that is logged.
+    """
+    if given != AUTO:
+        return 1.0 if given is None else given
+    head = head_of(call["model"])
+    new = is_new(head)
+    trainer.args.head_lr_factor = factor = factor_for(call["lr"], new)
+    if RANK in {-1, 0}:
+        why = "the head is new" if new else "the head is not known to be new"
+        LOGGER.info(f"{colorstr(f'{shown}:')} head_lr_factor={factor:g}, {why}")
+    return factor
+
+
+def parameter_groups(
+    original: Callable, call: dict[str, Any], shown: str, head_lr_factor: float, **extra: Any
+) -> list[dict[str, Any]]:
     """Ultralytics' own parameter groups, as it makes them for AdamW, with keys of ours added.
+
+    Where the head has a learning rate of its own, each is split in two; those of the head come last, as Ultralytics 8.3
+    takes the first group for the biases in its warm-up.
 
     Args:
         original: Ultralytics' own `build_optimizer`.
         call: Arguments of the call to it.
         shown: Name for the line that it logs.
+        head_lr_factor: Learning rate of the model's head, its last module, over that of the rest.
         extra: What every group gets.
+
+    Raises:
+        ValueError: The factor is not 1, and the model has no list of modules whose last one is its head.
     """
     with reworded("AdamW(", f"{shown}("):
         template = original(**{**call, "name": "AdamW"})
     kept = ("params", "weight_decay", "param_group")  # the last one since 8.4
     extra = {KEEP_FLOAT32: True, **extra}
-    return [{**{key: group[key] for key in kept if key in group}, **extra} for group in template.param_groups]
+    groups = [{**{key: group[key] for key in kept if key in group}, **extra} for group in template.param_groups]
+    if head_lr_factor == 1:
+        return groups
+    module = head_of(call["model"])
+    if module is None:
+        raise ValueError(
+            "head_lr_factor needs a model whose `model` is a list of modules with the head at its end, found "
+            f"{type(unwrap(call['model'])).__name__}. Use head_lr_factor=1."
+        )
+    head = {id(p) for p in module.parameters()}
+    split = [
+        {**group, "params": [p for p in group["params"] if (id(p) in head) == inside], "lr": call["lr"] * factor}
+        for inside, factor in ((False, 1.0), (True, head_lr_factor))
+        for group in groups
+    ]
+    return [group for group in split if group["params"]]
+
+
+def head_of(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The head of an Ultralytics model, the last module of its list; of a distillation, its student's; or None."""
+    model = unwrap(model)
+    layers = getattr(getattr(model, "student_model", model), "model", None)
+    is_list = isinstance(layers, (torch.nn.Sequential, torch.nn.ModuleList))
+    return layers[-1] if is_list and len(layers) else None

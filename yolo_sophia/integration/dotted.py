@@ -14,7 +14,8 @@ from typing import Any
 from yolo_sophia.presets import suggestion
 
 ARGUMENTS = "optimizer_args"
-OWN = (ARGUMENTS, "bn_momentum")
+SHARED = ("bn_momentum", "head_lr_factor")
+OWN = (ARGUMENTS, *SHARED)
 """Our arguments that a run with any optimizer by its dotted path takes."""
 RESERVED = {"self", "params", "lr"}
 """Not to be given in `optimizer_args`: lr is Ultralytics' lr0."""
