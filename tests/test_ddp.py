@@ -49,6 +49,8 @@ def train(tiny_data, tiny_model, tmp_path_factory, python) -> Callable[..., Simp
             "hessian_warmup": 0,
             "hessian_interval": 2,
             "hessian_fraction": 0.5,
+            "lr0": 0.001,
+            "head_lr_factor": "auto",  # decided by each rank for itself: 2.5
         }
         parent = TwoProcesses(overrides={**given, **settings})
         with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +140,9 @@ def test_what_is_not_finite_on_one_rank_is_dropped_on_both(run):
 
 
 def test_rank_0_logs(run):
-    assert run.said.count("SophiaG:") == 2, run.said  # preset and its origins, as on one device; and the drop
+    # The head's rate, the preset and its origins, as on one device; and the drop.
+    assert run.said.count("SophiaG:") == 3, run.said
+    assert run.said.count("head_lr_factor=2.5, the head is new") == 1
     assert run.said.count("dropped a Hessian estimate that is not finite (1 so far)") == 1
     assert (run.folder / "weights" / "last.pt").is_file()
     rows = (run.folder / "results.csv").read_text().splitlines()
