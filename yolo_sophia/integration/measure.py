@@ -16,16 +16,10 @@ def count_images(data: str) -> int:
     Raises:
         ValueError: There is no such YAML, or it names no training images.
     """
-    import yaml
     from ultralytics.data.utils import DATASETS_DIR, IMG_FORMATS
-    from ultralytics.utils.checks import check_file
 
-    try:
-        path = Path(check_file(data, download=False))
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        train = content["train"]
-    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"data={data} is no data YAML with a train entry: {type(error).__name__} {error}") from None
+    path, content = read_data(data)
+    train = content["train"]
     if isinstance(train, dict):
         return sum(map(count_images, train["yolo_data"])) if list(train) == ["yolo_data"] else 0
     root = Path(content.get("path") or path.parent)
@@ -38,6 +32,24 @@ def count_images(data: str) -> int:
         elif place.is_file():
             total += sum(bool(line.strip()) for line in place.read_text(encoding="utf-8").splitlines())
     return total
+
+
+def read_data(data: str) -> tuple[Path, dict[str, Any]]:
+    """Path and content of a data YAML; nothing is downloaded.
+
+    Raises:
+        ValueError: There is no such YAML, or it names no training images.
+    """
+    import yaml
+    from ultralytics.utils.checks import check_file
+
+    try:
+        path = Path(check_file(data, download=False))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content["train"]
+    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"data={data} is no data YAML with a train entry: {type(error).__name__} {error}") from None
+    return path, content
 
 
 def measure_step(arguments: Mapping[str, Any], threads: int) -> tuple[float, int, float]:

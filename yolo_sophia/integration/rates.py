@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from yolo_sophia.integration.measure import read_data
+
 AUTO = "auto"
 
 HEAD = 0.0025
@@ -45,15 +47,11 @@ def rate_for(arguments: Mapping[str, Any]) -> tuple[float, str]:
 
 def class_names(arguments: Mapping[str, Any]) -> list[str]:
     """Names of the classes in the run's data YAML, in lower case; none where it has none, or there is none."""
-    import yaml
-    from ultralytics.utils.checks import check_file
-
     try:
-        with open(check_file(str(arguments.get("data")), download=False), encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+        _, content = read_data(str(arguments.get("data")))
         names = content["names"] if "names" in content else [f"class_{i}" for i in range(content["nc"])]
         return [str(name).lower() for name in (names.values() if isinstance(names, dict) else list(names))]
-    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return []  # Ultralytics itself will say what is wrong with it
 
 
@@ -90,7 +88,8 @@ def factor_for(lr: float, new: bool) -> float:
 def is_new(head: Any) -> bool:
     """Whether a head of Ultralytics has initial biases somewhere: its class scores, where the classes have changed.
 
-    Heads without a `bias_init` (classification, RT-DETR) count as trained.
+    To the precision of float16, in which weights are saved. Heads without a `bias_init` (classification, RT-DETR) count
+    as trained.
     """
     import torch
 
@@ -103,8 +102,6 @@ def is_new(head: Any) -> bool:
         initial.bias_init()  # writes the biases of the last layers, by the stride and the number of classes
         for p, own in zip(initial.parameters(), head.parameters()):
             written = ~p.isnan()
-            if written.any() and torch.allclose(
-                p[written].float(), own[written].float(), rtol=1e-3
-            ):  # as float16 keeps
+            if written.any() and torch.allclose(p[written].float(), own[written].float(), rtol=1e-3):
                 return True
     return False
