@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from yolo_sophia.integration import dotted
-from yolo_sophia.integration.arguments import canonical_optimizer, settle
+from yolo_sophia.integration.arguments import canonical_optimizer, refuse_for_others, settle
 
 pytestmark = pytest.mark.compat
 
@@ -149,3 +149,10 @@ def test_a_module_that_ends_the_interpreter_is_an_error(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"optimizer=leaving\.X: importing leaving ended in SystemExit: 3\."):
         dotted.load_class("leaving.X")
+
+
+def test_arguments_for_any_dotted_optimizer_are_refused_with_the_way_to_use_them():
+    for keys, hint in (({"head_lr_factor", "bn_momentum"}, True), ({"head_lr_factor", "rho"}, False)):
+        with pytest.raises(ValueError, match=r"are arguments of optimizer=SophiaG, .*optimizer=AdamW") as caught:
+            refuse_for_others(keys, "AdamW")
+        assert ("given by a dotted path, as torch.optim.AdamW, take them too" in str(caught.value)) == hint
