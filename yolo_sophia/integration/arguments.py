@@ -247,12 +247,10 @@ def refuse_for_others(keys: Iterable[str], optimizer: object) -> None:
         ValueError: One of our arguments is among them.
     """
     if ours := sorted(set(keys) & set(OUR_KEYS)):
-        shared = set(ours) <= set(dotted.OWN)
+        shared = " Optimizers given by a dotted path, as torch.optim.AdamW, take them too."
         raise ValueError(
             f"{ours} are arguments of optimizer=SophiaG, but this run has optimizer={optimizer}. Remove them, or add "
-            "optimizer=SophiaG."
-            + " Optimizers given by a dotted path, as torch.optim.AdamW, take them too."
-            * (set(ours) <= set(dotted.OWN))
+            f"optimizer=SophiaG.{shared if set(ours) <= set(dotted.OWN) else ''}"
         )
 
 
