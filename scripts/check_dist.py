@@ -27,7 +27,7 @@ NEEDED = {
     "yolo_sophia_autoload.pth",
     "yolo_sophia/autoload.py",
     "yolo_sophia/optim/fused.cpp",
-    "yolo_sophia/compare/page.html",
+    "yolo_sophia/report/page.html",
     "yolo_sophia/configs/data/shapes.yaml",
     *(f"yolo_sophia/configs/presets/{name}.yaml" for name in ("detect-scratch", "detect-finetune", "detect-short")),
 }

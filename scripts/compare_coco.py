@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from yolo_sophia.compare import command
-from yolo_sophia.compare.coco import evaluator
-from yolo_sophia.compare.coco_runs import coco_metrics
 from yolo_sophia.compare.estimate import COCO_IMAGES
 from yolo_sophia.compare.plan import Plan, parse
-from yolo_sophia.compare.results import load
 from yolo_sophia.compare.score import FULL
+from yolo_sophia.runs.coco import evaluator
+from yolo_sophia.runs.coco_metrics import coco_metrics
+from yolo_sophia.runs.results import load
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "compare"
 OWN = ("small", "plan", "arms", "subset", "annotations")

@@ -97,8 +97,8 @@ def constant_statistics(model: torch.nn.Module, statistics_of: dict) -> Iterator
 def measure(trainer: Any, steps: int, batches: int, report: Callable[[dict], None]) -> None:
     """Measure on a trainer that is about to begin."""
     from yolo_sophia.curvature import GaussNewtonBartlett
-    from yolo_sophia.integration.heads import tap_for
-    from yolo_sophia.integration.part import loss_of_part
+    from yolo_sophia.integration.criteria import tap_for
+    from yolo_sophia.integration.subsample import loss_of_part
 
     model, noise = trainer.model.train(), torch.Generator().manual_seed(0)
     model.criterion = model.init_criterion()

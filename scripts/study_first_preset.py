@@ -57,7 +57,7 @@ def apply_variant(name: str, model) -> None:
     from ultralytics.engine.trainer import BaseTrainer
 
     from yolo_sophia.curvature import Quadratic
-    from yolo_sophia.integration.heads import DetectionTap
+    from yolo_sophia.integration.criteria import DetectionTap
 
     original = DetectionTap.terms
     if name == "norm-clip":

@@ -42,7 +42,7 @@ from yolo_sophia.curvature import (
     LossTerm,
     Quadratic,
 )
-from yolo_sophia.integration.heads import DetectionTap, UnknownTap
+from yolo_sophia.integration.criteria import DetectionTap, UnknownTap
 
 SIZE, IMAGES, CLASSES, BINS = 48, 3, 3, 4
 GAINS = {"box": 7.5, "cls": 0.5, "dfl": 1.5}

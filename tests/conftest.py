@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
 def _nothing_left_patched():
     """Every test leaves the state of the seams as it found it."""
     from yolo_sophia import installed
-    from yolo_sophia.integration.seams import LEDGER
+    from yolo_sophia.integration.patches import LEDGER
 
     before = installed(), {(id(r.owner), r.name) for r in LEDGER.replaced}
     yield

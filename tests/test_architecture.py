@@ -11,13 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "yolo_sophia"
 ALLOWED = {  # room -> rooms of this package that it may import
     "optim": {"optim", "curvature"},
     "curvature": {"curvature"},
-    "reading": set(),
-    "presets": {"curvature", "reading"},
+    "yaml_io": set(),
+    "presets": {"curvature", "yaml_io"},
     "autoload": {"integration"},
     "shapes": set(),
     "integration": {"optim", "curvature", "presets", "autoload", "shapes", "integration"},
-    "compare": {"optim", "curvature", "presets", "autoload", "integration", "shapes", "reading", "compare"},
-    "tune": {"presets", "integration", "compare", "tune"},
+    "runs": {"integration", "runs", "compare"},
+    "report": {"runs", "report"},
+    "compare": {"presets", "integration", "runs", "report", "yaml_io", "compare"},
+    "tune": {"presets", "integration", "runs", "report", "compare", "tune"},
     "cli": {"optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},
     "": {"optim", "autoload", "tune"},  # __init__.py
 }

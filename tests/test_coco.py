@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from yolo_sophia.compare import coco_runs
-from yolo_sophia.compare.coco import METRICS, Image, evaluate, evaluator, from_file, from_labels, image_id, read_labels
 from yolo_sophia.compare.plan import make_run, parse
-from yolo_sophia.compare.results import RunResult
+from yolo_sophia.runs import coco_metrics as coco_runs
+from yolo_sophia.runs.coco import METRICS, Image, evaluate, evaluator, from_file, from_labels, image_id, read_labels
+from yolo_sophia.runs.results import RunResult
 
 ROOT = Path(__file__).parent.parent
 EVALUATORS = {"faster-coco-eval": "faster_coco_eval", "pycocotools": "pycocotools"}

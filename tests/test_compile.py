@@ -11,8 +11,8 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_sophia import install
-from yolo_sophia.integration import training
-from yolo_sophia.integration.part import loss_of_part
+from yolo_sophia.integration import session as training
+from yolo_sophia.integration.subsample import loss_of_part
 
 pytestmark = pytest.mark.skipif("compile" not in DEFAULT_CFG_DICT, reason="this Ultralytics has no compile=")
 COMPILE = torch.compile

@@ -15,7 +15,7 @@ import yaml
 from ultralytics.utils.patches import torch_load
 
 from yolo_sophia.compare.plan import parse, runs
-from yolo_sophia.compare.worker import RECEIPT, read_curve
+from yolo_sophia.runs.worker import RECEIPT, read_curve
 from yolo_sophia.shapes import generate
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]

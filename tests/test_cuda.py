@@ -24,7 +24,7 @@ from ultralytics.engine import trainer as engine
 
 from yolo_sophia import install
 from yolo_sophia.curvature import EmpiricalFisher, GaussNewtonBartlett
-from yolo_sophia.integration.heads import tap_for
+from yolo_sophia.integration.criteria import tap_for
 from yolo_sophia.optim import SophiaG, SophiaH, base
 from yolo_sophia.optim.chunked import chunked_update
 from yolo_sophia.optim.foreach import foreach_update
@@ -281,7 +281,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("fraction", [0.25, 1.0], ids=["part", "whole"])
 @pytest.mark.parametrize("amp", [False, True, "bf16"], ids=["fp32", "fp16", "bf16"])
-def test_training(train, amp, fraction):
+def test_session(train, amp, fraction):
     if amp == "bf16" and not GPU:
         pytest.skip("Ultralytics keeps amp=bf16 for CUDA; tests/test_scale.py has a double")
     run = train(amp=amp, hessian_fraction=fraction, epochs=8 if amp is True else 2)

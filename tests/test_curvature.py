@@ -26,7 +26,7 @@ from yolo_sophia.curvature import (
     Quadratic,
 )
 from yolo_sophia.curvature.losses import cross_entropy
-from yolo_sophia.integration.heads import DetectionTap, UnknownTap, tap_for
+from yolo_sophia.integration.criteria import DetectionTap, UnknownTap, tap_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import verify_curvature as verify

@@ -22,11 +22,11 @@ from sqlalchemy.engine import Engine
 from ultralytics import YOLO
 
 from yolo_sophia import cli
-from yolo_sophia.compare import worker
-from yolo_sophia.compare.execute import Progress, execute, folder_of, train_one
 from yolo_sophia.compare.plan import build, runs
-from yolo_sophia.compare.worker import CHECKPOINT, RECEIPT, is_whole, read_curve, write_whole
 from yolo_sophia.optim import SophiaG, SophiaH
+from yolo_sophia.runs import worker
+from yolo_sophia.runs.scheduler import Progress, execute, folder_of, train_one
+from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, is_whole, read_curve, write_whole
 
 
 def full(*_: Any, **__: Any) -> None:
@@ -146,7 +146,7 @@ def test_a_full_disk_during_a_checkpoint_leaves_the_last_one(tiny_run, monkeypat
     def fill_up(trainer: Any) -> None:
         if trainer.epoch == 0:
             seen["last"] = trainer.last.read_bytes()
-            monkeypatch.setattr("yolo_sophia.integration.whole.os.fsync", full)
+            monkeypatch.setattr("yolo_sophia.integration.checkpoints.os.fsync", full)
 
     with pytest.raises(OSError, match="No space left on device"):
         train(run, callbacks={"on_model_save": fill_up})
@@ -247,9 +247,9 @@ def test_a_run_whose_folder_cannot_be_written_failed_and_the_others_go_on(tiny_d
             full()
         (folder / RECEIPT).write_text("{}")
 
-    monkeypatch.setattr("yolo_sophia.compare.execute.write_order", write_order)
+    monkeypatch.setattr("yolo_sophia.runs.scheduler.write_order", write_order)
     monkeypatch.setattr(
-        "yolo_sophia.compare.execute.start_worker", lambda *_: subprocess.Popen([sys.executable, "-c", ""])
+        "yolo_sophia.runs.scheduler.start_worker", lambda *_: subprocess.Popen([sys.executable, "-c", ""])
     )
     board = execute(plan.out, ordered)
     assert real is os.fsync and [item.state for item in board] == ["failed", "finished"]

@@ -15,8 +15,8 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_sophia.curvature import GaussNewtonBartlett
 from yolo_sophia.curvature.noise import noise_seed
-from yolo_sophia.integration.heads import tap_for
-from yolo_sophia.integration.part import take_part
+from yolo_sophia.integration.criteria import tap_for
+from yolo_sophia.integration.subsample import take_part
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
 BATCH = 8  # of each rank

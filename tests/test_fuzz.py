@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from yolo_sophia import cli
 from yolo_sophia.compare import plan as comparison
-from yolo_sophia.integration import dotted
+from yolo_sophia.integration import external_optimizer as dotted
 from yolo_sophia.presets import BORROWED, KNOBS, check_value, load_preset
 from yolo_sophia.tune import plan as tuning
 

@@ -340,7 +340,7 @@ def words(tiny_data, tiny_model) -> list[str]:
 
 
 def receipts(out: Path) -> dict[str, Any]:
-    from yolo_sophia.compare.worker import CHECKPOINT, RECEIPT, read_curve
+    from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, read_curve
 
     from_ultralytics = {}
     for folder in (out / "runs").glob("*"):

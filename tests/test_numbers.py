@@ -154,7 +154,7 @@ def test_estimate(value, train, log):
 
 @needs_recovery
 def test_weights(train, log):
-    """Of the second epoch; m and h come back from last.pt (tests/test_training.py compares them)."""
+    """Of the second epoch; m and h come back from last.pt (tests/test_session.py compares them)."""
 
     def at_start(trainer):
         trainer._sophia._bind(

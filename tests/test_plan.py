@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from yolo_sophia import cli
-from yolo_sophia.compare.board import duration, eta_seconds
-from yolo_sophia.compare.execute import Progress, last_lines
 from yolo_sophia.compare.plan import KEYS, Plan, build, data_name, make_run, parse, runs
-from yolo_sophia.compare.results import MAP50_95, RunResult
 from yolo_sophia.compare.spaces import OTHERS, SPACES, space_of
 from yolo_sophia.compare.tuning import TRIAL_SEED, choose, halton, settings, trial_runs
 from yolo_sophia.compare.view import plan_yaml
+from yolo_sophia.runs.progress import duration, eta_seconds
+from yolo_sophia.runs.results import MAP50_95, RunResult
+from yolo_sophia.runs.scheduler import Progress, last_lines
 
 BASE = {"data": "sets/bccd/data.yaml", "model": "yolov8n.pt", "optimizers": "SophiaG,AdamW"}
 

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import torch
 
-from yolo_sophia.compare import worker
-from yolo_sophia.compare.execute import start_worker
 from yolo_sophia.curvature.autocast import no_autocast
 from yolo_sophia.curvature.noise import forked, preserved
+from yolo_sophia.runs import worker
+from yolo_sophia.runs.scheduler import start_worker
 
 # MPS ------------------------------------------------------------------------------------------------------------------
 

@@ -19,14 +19,14 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock, Timeout
 
-from yolo_sophia.compare.execute import FAILURE, LOG
 from yolo_sophia.compare.plan import parse, runs
-from yolo_sophia.compare.worker import CHECKPOINT, ORDER, RECEIPT, read_curve
+from yolo_sophia.runs.scheduler import FAILURE, LOG
+from yolo_sophia.runs.worker import CHECKPOINT, ORDER, RECEIPT, read_curve
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
-from yolo_sophia.compare import ray_engine  # noqa: E402
+from yolo_sophia.runs import ray_executor as ray_engine  # noqa: E402
 
 CRASHING = """
 import torch

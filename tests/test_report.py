@@ -23,14 +23,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from yolo_sophia.compare import canvas, figures, machine, page, report, view
+from yolo_sophia.compare import figures, report, view
 from yolo_sophia.compare import plan as planning
 from yolo_sophia.compare.plan import Arm, Plan, runs
 from yolo_sophia.compare.report import Search, write_report
-from yolo_sophia.compare.results import MAP50, MAP50_95, RunResult
 from yolo_sophia.compare.score import cost_ratio
 from yolo_sophia.compare.tables import DASH, INFINITY, TIMES
 from yolo_sophia.compare.verdict import difference_verdict, final_difference, horizon_score, horizon_verdict, verdict
+from yolo_sophia.report import document as page
+from yolo_sophia.report import figure_style as canvas
+from yolo_sophia.runs import environment as machine
+from yolo_sophia.runs.results import MAP50, MAP50_95, RunResult
 
 NASTY = '<script>alert("x")</script>'
 TIMES_80 = f"0.80{TIMES} (0.00{DASH}0.80)"

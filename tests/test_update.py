@@ -171,7 +171,7 @@ def test_nan_is_not_hidden(way):
         ({"fused": True, "foreach": False}, ["cuda"], fused.fused_update),
     ],
 )
-def test_choice(flags, devices, expected):
+def test_auto_preset(flags, devices, expected):
     params = [SimpleNamespace(device=torch.device(d)) for d in devices]
     assert choose_update({"foreach": None, "fused": False, **flags}, params) is expected
 

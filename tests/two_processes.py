@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOCAL_RANK, RANK
 
-from yolo_sophia.integration.training import unwrap
+from yolo_sophia.integration.session import unwrap
 
 RANKS = 2
 COMPILE = torch.compile

@@ -44,7 +44,7 @@ def patch_module(name: str) -> None:
     Args:
         name: One of `TARGETS`.
     """
-    from yolo_sophia.integration.seams import LEDGER
+    from yolo_sophia.integration.patches import LEDGER
 
     LEDGER.patch(name)
 
@@ -69,7 +69,7 @@ def install() -> None:
         if name in sys.modules:
             importlib.import_module(name)  # waits for another thread that is importing it
             patch_module(name)
-    if seams := sys.modules.get("yolo_sophia.integration.seams"):
+    if seams := sys.modules.get("yolo_sophia.integration.patches"):
         seams.LEDGER.require_sound()
 
 
@@ -77,7 +77,7 @@ def uninstall() -> None:
     """Give Ultralytics every attribute back that was replaced, and remove the hooks; idempotent."""
     if _PostImportFinder in sys.meta_path:
         sys.meta_path.remove(_PostImportFinder)
-    if seams := sys.modules.get("yolo_sophia.integration.seams"):
+    if seams := sys.modules.get("yolo_sophia.integration.patches"):
         seams.LEDGER.restore()
 
 

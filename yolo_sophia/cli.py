@@ -104,7 +104,7 @@ def status(check: bool = False) -> int:
     print(f"autoload: {_autoload_state()}")
     if not versions["ultralytics"]:
         return 1
-    from yolo_sophia.integration import check as tried
+    from yolo_sophia.integration import smoke_test as tried
     from yolo_sophia.integration.status import seam_report
     from yolo_sophia.presets import preset_directory, preset_names
 

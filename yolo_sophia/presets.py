@@ -14,10 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from yolo_sophia.reading import is_file, read_yaml
+from yolo_sophia.yaml_io import is_file, read_yaml
 
 CHOSEN = "auto"
-"""What `sophia=` takes, and is without a word, for the preset that fits the run (integration/choice.py)."""
+"""What `sophia=` takes, and is without a word, for the preset that fits the run (integration/auto_preset.py)."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from yolo_sophia.compare.canvas import Style
+from yolo_sophia.report.figure_style import Style
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHT_DECAY = 0.01

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from yolo_sophia.compare.board import showing
-from yolo_sophia.compare.execute import Progress, execute
 from yolo_sophia.compare.plan import KEYS, Plan, Run, parse, runs
-from yolo_sophia.compare.results import load
 from yolo_sophia.compare.tuning import Search, choose, trial_runs
 from yolo_sophia.compare.view import plan_yaml
-from yolo_sophia.compare.worker import write_whole
+from yolo_sophia.runs.progress import showing
+from yolo_sophia.runs.results import load
+from yolo_sophia.runs.scheduler import Progress, execute
+from yolo_sophia.runs.worker import write_whole
 
 
 def help_text() -> str:
@@ -111,7 +111,7 @@ def tune(plan: Plan) -> tuple[list[Search], dict[tuple[str, str], dict[str, floa
 
 def _run(plan: Plan, ordered: list[Run], title: str) -> list[Progress]:
     if plan.engine == "ray":
-        from yolo_sophia.compare.ray_engine import execute_on_ray, places
+        from yolo_sophia.runs.ray_executor import execute_on_ray, places
 
         share = {"cpus": plan.cpus or 1, "gpus": plan.gpus or 0.0}
         with showing(title, places(**share)) as show:

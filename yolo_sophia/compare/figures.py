@@ -14,8 +14,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from yolo_sophia.compare.canvas import INK, MUTED, Style, panel, row_panel
 from yolo_sophia.compare.score import Ratio
+from yolo_sophia.report.figure_style import INK, MUTED, Style, panel, row_panel
 
 AXES_LABELS = {"steps": "optimizer steps", "images": "training images", "seconds": "training time"}
 

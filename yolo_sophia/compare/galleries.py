@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from yolo_sophia.compare import figures
-from yolo_sophia.compare.canvas import Style, short, to_png, to_svg
 from yolo_sophia.compare.figures import AXES_LABELS, Series
-from yolo_sophia.compare.page import Picture
-from yolo_sophia.compare.results import MAP50_95
 from yolo_sophia.compare.score import AXES, cost_to_target
 from yolo_sophia.compare.tables import duration, ratio_text
 from yolo_sophia.compare.verdict import horizon_score, profiles
 from yolo_sophia.compare.view import View
+from yolo_sophia.report.document import Picture
+from yolo_sophia.report.figure_style import Style, short, to_png, to_svg
+from yolo_sophia.runs.results import MAP50_95
 
 CLIP, RHO = "sophia/clip_fraction", "sophia/rho"
 POINTS = 25_000

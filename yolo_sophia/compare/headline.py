@@ -5,7 +5,6 @@ The rule: sentences come from `verdict.py`, which claims no more than was shown;
 
 from __future__ import annotations
 
-from yolo_sophia.compare.page import Verdict
 from yolo_sophia.compare.tables import count
 from yolo_sophia.compare.verdict import (
     ENOUGH,
@@ -19,6 +18,7 @@ from yolo_sophia.compare.verdict import (
     verdict,
 )
 from yolo_sophia.compare.view import View
+from yolo_sophia.report.document import Verdict
 
 
 def title(view: View) -> str:

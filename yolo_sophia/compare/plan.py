@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from yolo_sophia.presets import suggestion
-from yolo_sophia.reading import is_file, parse_yaml, read_yaml
+from yolo_sophia.yaml_io import is_file, parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from yolo_sophia.compare import headline, sections, tables
-from yolo_sophia.compare.markdown import to_markdown
-from yolo_sophia.compare.page import Code, Document, Section, Text, pictures, to_html
 from yolo_sophia.compare.plan import Plan, data_name
-from yolo_sophia.compare.results import RunResult
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.compare.view import View, plan_yaml
-from yolo_sophia.compare.worker import write_bytes_whole, write_whole
+from yolo_sophia.report.document import Code, Document, Section, Text, pictures, to_html
+from yolo_sophia.report.markdown import to_markdown
+from yolo_sophia.runs.results import RunResult
+from yolo_sophia.runs.worker import write_bytes_whole, write_whole
 
 HTML, MARKDOWN, CSV, FIGURES = "report.html", "report.md", "results.csv", "figures"
 READING = (

@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 
-from yolo_sophia.compare import galleries, headline, machine, tables
-from yolo_sophia.compare.page import Block, Cell, Code, Fold, Gallery, Split, Table, Text
+from yolo_sophia.compare import galleries, headline, tables
 from yolo_sophia.compare.plan import data_name
 from yolo_sophia.compare.score import AXES, FULL, cost_to_target
 from yolo_sophia.compare.tables import DASH, count, duration, scalar
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.compare.view import View
+from yolo_sophia.report.document import Block, Cell, Code, Fold, Gallery, Split, Table, Text
+from yolo_sophia.runs import environment as machine
 
 BATCH_NORM = {
     True: "BatchNorm: running statistics were recalibrated on training images before each validation, in every arm.",

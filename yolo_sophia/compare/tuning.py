@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from yolo_sophia.compare.plan import Arm, Plan, Run, data_name, make_run
-from yolo_sophia.compare.results import MAP50_95, RunResult
 from yolo_sophia.compare.spaces import space_of
+from yolo_sophia.runs.results import MAP50_95, RunResult
 
 TRIAL_SEED = 9_999
 BASES = (2, 3, 5)

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from yolo_sophia.compare.plan import Plan, data_name
-from yolo_sophia.compare.results import RunResult
 from yolo_sophia.compare.score import FULL, Curve, Ratio, Summary, cost_ratio, goal, summarize
+from yolo_sophia.runs.results import RunResult
 
 
 @dataclass(frozen=True)

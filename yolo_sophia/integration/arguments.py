@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from yolo_sophia.integration import dotted
-from yolo_sophia.integration.choice import choose_preset
-from yolo_sophia.integration.rates import AUTO, rate_for
+from yolo_sophia.integration import external_optimizer as dotted
+from yolo_sophia.integration.auto_lr import AUTO, rate_for
+from yolo_sophia.integration.auto_preset import choose_preset
 from yolo_sophia.presets import (
     BORROWED,
     CHOSEN,

@@ -11,11 +11,11 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_sophia.curvature import ESTIMATORS, Hutchinson
 from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer, resolve
-from yolo_sophia.integration.dotted import build_dotted
-from yolo_sophia.integration.heads import tap_for
-from yolo_sophia.integration.rates import AUTO, factor_for, is_new
-from yolo_sophia.integration.training import Session, compiled, unwrap
-from yolo_sophia.integration.whole import reworded
+from yolo_sophia.integration.auto_lr import AUTO, factor_for, is_new
+from yolo_sophia.integration.checkpoints import reworded
+from yolo_sophia.integration.criteria import tap_for
+from yolo_sophia.integration.external_optimizer import build_dotted
+from yolo_sophia.integration.session import Session, compiled, unwrap
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.optim.base import SophiaBase
 

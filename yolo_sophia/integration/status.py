@@ -6,7 +6,7 @@ from types import ModuleType
 
 from yolo_sophia import autoload
 from yolo_sophia.integration import arguments
-from yolo_sophia.integration.seams import LEDGER, SUPPORTED
+from yolo_sophia.integration.patches import LEDGER, SUPPORTED
 
 
 def seam_report() -> tuple[list[str], list[str]]:

@@ -12,9 +12,9 @@ import time
 
 from optuna.trial import TrialState
 
-from yolo_sophia.compare.execute import Progress, folder_of, is_finished, train_one
-from yolo_sophia.compare.results import MAP50_95
-from yolo_sophia.compare.worker import read_curve
+from yolo_sophia.runs.results import MAP50_95
+from yolo_sophia.runs.scheduler import Progress, folder_of, is_finished, train_one
+from yolo_sophia.runs.worker import read_curve
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import progress
 from yolo_sophia.tune.study import Claim

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from yolo_sophia.compare.board import showing
 from yolo_sophia.compare.command import check_data
-from yolo_sophia.compare.execute import Progress
 from yolo_sophia.compare.spaces import FORMS
-from yolo_sophia.compare.worker import write_whole
+from yolo_sophia.runs.progress import showing
+from yolo_sophia.runs.scheduler import Progress
+from yolo_sophia.runs.worker import write_whole
 from yolo_sophia.tune.plan import KEYS, TunePlan, parse, plan_yaml
 from yolo_sophia.tune.progress import REFRESH, Board
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from yolo_sophia.compare.execute import Progress
+from yolo_sophia.runs.scheduler import Progress
 from yolo_sophia.tune.plan import TunePlan
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from yolo_sophia.compare.spaces import Choice, Dimension
 from yolo_sophia.compare.tuning import TRIAL_SEED
-from yolo_sophia.compare.worker import write_whole
+from yolo_sophia.runs.worker import write_whole
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from yolo_sophia.tune.outcome import Outcome, outcome
+from yolo_sophia.tune.best_settings import Outcome, outcome
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS, STATES
 

@@ -24,9 +24,10 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.patches import torch_load
 
 from yolo_sophia.curvature import Hutchinson
-from yolo_sophia.integration import monitor, training
+from yolo_sophia.integration import monitor
+from yolo_sophia.integration import session as training
+from yolo_sophia.integration.auto_lr import HEAD, is_new, rate_for
 from yolo_sophia.integration.build import parameter_groups
-from yolo_sophia.integration.rates import HEAD, is_new, rate_for
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.presets import load_preset
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from yolo_sophia.compare.execute import Progress
+from yolo_sophia.runs.scheduler import Progress
 
 STATES = ("finished", "running", "elsewhere", "waiting", "pruned", "failed")
 ENDED = {"finished", "pruned", "failed"}

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 
 from yolo_sophia.curvature import Bernoulli, LossTerm
-from yolo_sophia.integration.heads.detect import DetectionTap
-from yolo_sophia.integration.heads.rows import wide
-from yolo_sophia.integration.heads.tap import Call
+from yolo_sophia.integration.criteria.detect import DetectionTap
+from yolo_sophia.integration.criteria.rows import wide
+from yolo_sophia.integration.criteria.tap import Call
 
 
 class SegmentationTap(DetectionTap):

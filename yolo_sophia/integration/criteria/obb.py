@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from yolo_sophia.integration.heads.detect import DetectionTap
-from yolo_sophia.integration.heads.tap import Call
+from yolo_sophia.integration.criteria.detect import DetectionTap
+from yolo_sophia.integration.criteria.tap import Call
 
 
 class RotatedTap(DetectionTap):

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import verify_curvature as verify
 
-from yolo_sophia.integration.part import images_in_part, loss_of_part, take_part
+from yolo_sophia.integration.subsample import images_in_part, loss_of_part, take_part
 
 pytestmark = pytest.mark.compat
 

@@ -11,9 +11,9 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 
 from yolo_sophia.integration.arguments import resolve
-from yolo_sophia.integration.choice import SHORT, choose_preset, has_weights, optimizer_steps
+from yolo_sophia.integration.auto_lr import factor_for, rate_for
+from yolo_sophia.integration.auto_preset import SHORT, choose_preset, has_weights, optimizer_steps
 from yolo_sophia.integration.measure import count_images
-from yolo_sophia.integration.rates import factor_for, rate_for
 from yolo_sophia.presets import preset_names
 
 pytestmark = pytest.mark.compat
@@ -96,7 +96,7 @@ def test_weights(given, expected):
         (SHORT // 4, "yolov8n.pt", "detect-finetune"),
     ],
 )
-def test_choice(images, epochs, model, name):
+def test_auto_preset(images, epochs, model, name):
     chosen, reason = choose_preset(arguments(data=images, batch=16, nbs=16, epochs=epochs, model=model))
     assert chosen == name and name in preset_names()
     assert f"{4 * epochs} steps" in reason

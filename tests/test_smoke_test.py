@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from yolo_sophia.integration import check as tried
-from yolo_sophia.integration.check import QUESTIONS, Answer, NotRunError
+from yolo_sophia.integration import smoke_test as tried
+from yolo_sophia.integration.smoke_test import QUESTIONS, Answer, NotRunError
 
 MOVED = """
 from ultralytics.engine.trainer import BaseTrainer

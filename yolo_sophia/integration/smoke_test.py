@@ -67,7 +67,7 @@ def check() -> list[Answer]:
             "YOLO_OFFLINE": "true",
             "YOLO_AUTOINSTALL": "false",
         }
-        command = [sys.executable, "-m", "yolo_sophia.integration.check", folder]
+        command = [sys.executable, "-m", "yolo_sophia.integration.smoke_test", folder]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         try:
             done = subprocess.run(command, env=environment, timeout=TIMEOUT, **streams)
@@ -133,7 +133,7 @@ class Trials:
 
 def seams(trials: Trials) -> str:
     """Every seam has the form it was written against."""
-    from yolo_sophia.integration.seams import LEDGER
+    from yolo_sophia.integration.patches import LEDGER
     from yolo_sophia.integration.status import seam_report
 
     _, problems = seam_report()

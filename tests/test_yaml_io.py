@@ -7,10 +7,10 @@ import re
 import pytest
 import yaml
 
-from yolo_sophia import reading
+from yolo_sophia import yaml_io as reading
 from yolo_sophia.compare.plan import as_name, check_name, parse
 from yolo_sophia.presets import preset_directory
-from yolo_sophia.reading import parse_yaml, read_yaml
+from yolo_sophia.yaml_io import parse_yaml, read_yaml
 
 CHAIN = "\n".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 'x'}]" for i in range(200))
 BOMB = "b0: &b0 [x]\n" + "\n".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10)}]" for i in range(1, 12))

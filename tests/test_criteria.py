@@ -24,8 +24,8 @@ from ultralytics.utils import loss as losses
 from ultralytics.utils.metrics import probiou
 
 from yolo_sophia.curvature import Categorical, EmpiricalFisher, GaussNewtonBartlett, Quadratic, SignRandomised
-from yolo_sophia.integration.heads import UnknownTap, tap_for
-from yolo_sophia.integration.part import loss_of_part, take_part
+from yolo_sophia.integration.criteria import UnknownTap, tap_for
+from yolo_sophia.integration.subsample import loss_of_part, take_part
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import verify_curvature as verify

@@ -27,10 +27,10 @@ from ultralytics.utils import LOGGER, RANK
 
 from yolo_sophia.curvature import Estimator, Hutchinson
 from yolo_sophia.curvature.noise import noise_seed
-from yolo_sophia.integration.heads import Tap, tap_for
+from yolo_sophia.integration.checkpoints import final_eval_whole, save_whole
+from yolo_sophia.integration.criteria import Tap, tap_for
 from yolo_sophia.integration.monitor import Monitor
-from yolo_sophia.integration.part import images_in_part, loss_of_part
-from yolo_sophia.integration.whole import final_eval_whole, save_whole
+from yolo_sophia.integration.subsample import images_in_part, loss_of_part
 from yolo_sophia.optim.base import SophiaBase
 
 TRIES = 4

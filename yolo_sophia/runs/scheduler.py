@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolo_sophia.compare.plan import Run
-from yolo_sophia.compare.worker import BUSY, ORDER, RECEIPT, read_curve, write_whole
+from yolo_sophia.runs.worker import BUSY, ORDER, RECEIPT, read_curve, write_whole
 
 LAST_LINES = 12
 LOG, FAILURE = "log.txt", "failure.txt"
@@ -170,7 +170,7 @@ def start_worker(folder: Path, environment: Mapping[str, str], directory: str | 
         else:
             apart = {"start_new_session": True}
         return subprocess.Popen(
-            [sys.executable, "-m", "yolo_sophia.compare.worker", str(folder)],
+            [sys.executable, "-m", "yolo_sophia.runs.worker", str(folder)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**environment, "PYTHONUNBUFFERED": "1"},

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_sophia.compare.execute import (
+from yolo_sophia.compare.plan import Run
+from yolo_sophia.runs.scheduler import (
     LOCKED_OUT,
     LOG,
     Progress,
@@ -28,8 +29,7 @@ from yolo_sophia.compare.execute import (
     take_up,
     write_order,
 )
-from yolo_sophia.compare.plan import Run
-from yolo_sophia.compare.worker import ORDER, read_curve
+from yolo_sophia.runs.worker import ORDER, read_curve
 
 RETRY = 5.0
 """Seconds until a run that another process trains is looked at again."""

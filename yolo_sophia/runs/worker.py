@@ -1,4 +1,4 @@
-"""One training of a comparison, in a process of its own: `python -m yolo_sophia.compare.worker FOLDER`.
+"""One training of a comparison, in a process of its own: `python -m yolo_sophia.runs.worker FOLDER`.
 
 The rule: the folder says everything. `run.json` is the order, `curve.jsonl` has one line per finished epoch,
 `checkpoint.pt` is the last one written whole, and `result.json` the receipt, written last; without it the run is not

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from yolo_sophia.integration import dotted
+from yolo_sophia.integration import external_optimizer as dotted
 from yolo_sophia.integration.arguments import canonical_optimizer, refuse_for_others, settle
 
 pytestmark = pytest.mark.compat

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from yolo_sophia.integration.heads.detect import DetectionTap
-from yolo_sophia.integration.heads.model import ClassificationTap, DistillationTap, UnknownTap
-from yolo_sophia.integration.heads.obb import RotatedTap
-from yolo_sophia.integration.heads.pose import PoseTap
-from yolo_sophia.integration.heads.segment import SegmentationTap
-from yolo_sophia.integration.heads.tap import Joint, Tap
+from yolo_sophia.integration.criteria.detect import DetectionTap
+from yolo_sophia.integration.criteria.model import ClassificationTap, DistillationTap, UnknownTap
+from yolo_sophia.integration.criteria.obb import RotatedTap
+from yolo_sophia.integration.criteria.pose import PoseTap
+from yolo_sophia.integration.criteria.segment import SegmentationTap
+from yolo_sophia.integration.criteria.tap import Joint, Tap
 
 __all__ = ["DetectionTap", "Tap", "UnknownTap", "tap_for"]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from yolo_sophia.curvature import Bernoulli, Laplace, LossTerm, Quadratic
 from yolo_sophia.curvature.losses import distribution_focal_loss
-from yolo_sophia.integration.heads.rows import quadratic, wide
-from yolo_sophia.integration.heads.tap import Call, Tap
+from yolo_sophia.integration.criteria.rows import quadratic, wide
+from yolo_sophia.integration.criteria.tap import Call, Tap
 
 _BBOX_LOSS_ARGUMENTS = (
     "pred_dist",

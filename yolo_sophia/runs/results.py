@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_sophia.compare.execute import FAILURE, folder_of
 from yolo_sophia.compare.plan import Run, data_name
 from yolo_sophia.compare.score import Curve
-from yolo_sophia.compare.worker import RECEIPT, read_curve
+from yolo_sophia.runs.scheduler import FAILURE, folder_of
+from yolo_sophia.runs.worker import RECEIPT, read_curve
 
 MAP50_95, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from yolo_sophia.curvature import Gaussian, LossTerm, sign_randomised
 from yolo_sophia.curvature.losses import cross_entropy
-from yolo_sophia.integration.heads.rows import wide
-from yolo_sophia.integration.heads.tap import Call, Tap
+from yolo_sophia.integration.criteria.rows import wide
+from yolo_sophia.integration.criteria.tap import Call, Tap
 
 
 class ClassificationTap(Tap):

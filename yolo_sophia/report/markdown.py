@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import singledispatch
 
-from yolo_sophia.compare.page import (
+from yolo_sophia.report.document import (
     PLUS_MINUS,
     Block,
     Cell,

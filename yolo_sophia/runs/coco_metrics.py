@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from yolo_sophia.compare.coco import Image, evaluate, evaluator, from_file, from_labels
-from yolo_sophia.compare.execute import folder_of
-from yolo_sophia.compare.results import RunResult
-from yolo_sophia.compare.worker import TRAINING, write_whole
+from yolo_sophia.runs.coco import Image, evaluate, evaluator, from_file, from_labels
+from yolo_sophia.runs.results import RunResult
+from yolo_sophia.runs.scheduler import folder_of
+from yolo_sophia.runs.worker import TRAINING, write_whole
 
 RECORD, WEIGHTS = "coco.json", "last.pt"
 

@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from yolo_sophia.integration import arguments
-from yolo_sophia.integration.dotted import OWN, is_dotted
+from yolo_sophia.integration.external_optimizer import OWN, is_dotted
 
 SUPPORTED = "ultralytics>=8.3,<9"
 _SUPPORTED_MAJOR_MINOR = ((8, 3), (9, 0))  # from, below
@@ -207,7 +207,7 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
 
     def strip_optimizer(original: Callable) -> Callable:
         def wrapper(*args, **kwargs):
-            from yolo_sophia.integration.whole import strip_whole
+            from yolo_sophia.integration.checkpoints import strip_whole
 
             return strip_whole(original, *args, **kwargs)
 

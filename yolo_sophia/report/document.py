@@ -14,7 +14,7 @@ from functools import singledispatch
 from pathlib import Path
 from string import Template
 
-from yolo_sophia.compare.canvas import PALETTE
+from yolo_sophia.report.figure_style import PALETTE
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 Cell = str | tuple[str, str]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from yolo_sophia.curvature import Bernoulli, LossTerm, Quadratic
-from yolo_sophia.integration.heads.detect import DetectionTap
-from yolo_sophia.integration.heads.rows import quadratic, wide
-from yolo_sophia.integration.heads.tap import Call
+from yolo_sophia.integration.criteria.detect import DetectionTap
+from yolo_sophia.integration.criteria.rows import quadratic, wide
+from yolo_sophia.integration.criteria.tap import Call
 
 
 class PoseTap(DetectionTap):

@@ -1,0 +1,1 @@
+"""Documents of blocks, and the HTML and Markdown made of them; knows nothing about optimizers."""
