@@ -14,7 +14,7 @@ from yolo_sophia.integration.criteria.model import ClassificationTap, Distillati
 from yolo_sophia.integration.criteria.obb import RotatedTap
 from yolo_sophia.integration.criteria.pose import PoseTap
 from yolo_sophia.integration.criteria.segment import SegmentationTap
-from yolo_sophia.integration.criteria.tap import Joint, Tap
+from yolo_sophia.integration.criteria.recorder import Joint, Tap
 
 __all__ = ["DetectionTap", "Tap", "UnknownTap", "tap_for"]
 

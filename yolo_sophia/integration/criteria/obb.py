@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from yolo_sophia.integration.criteria.detect import DetectionTap
-from yolo_sophia.integration.criteria.tap import Call
+from yolo_sophia.integration.criteria.recorder import Call
 
 
 class RotatedTap(DetectionTap):
