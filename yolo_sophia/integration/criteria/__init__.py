@@ -13,8 +13,8 @@ from yolo_sophia.integration.criteria.detect import DetectionTap
 from yolo_sophia.integration.criteria.model import ClassificationTap, DistillationTap, UnknownTap
 from yolo_sophia.integration.criteria.obb import RotatedTap
 from yolo_sophia.integration.criteria.pose import PoseTap
-from yolo_sophia.integration.criteria.segment import SegmentationTap
 from yolo_sophia.integration.criteria.recorder import Joint, Tap
+from yolo_sophia.integration.criteria.segment import SegmentationTap
 
 __all__ = ["DetectionTap", "Tap", "UnknownTap", "tap_for"]
 

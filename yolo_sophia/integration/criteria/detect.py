@@ -18,8 +18,8 @@ from torch import Tensor
 
 from yolo_sophia.curvature import Bernoulli, Laplace, LossTerm, Quadratic
 from yolo_sophia.curvature.losses import distribution_focal_loss
-from yolo_sophia.integration.criteria.rows import quadratic, wide
 from yolo_sophia.integration.criteria.recorder import Call, Tap
+from yolo_sophia.integration.criteria.rows import quadratic, wide
 
 _BBOX_LOSS_ARGUMENTS = (
     "pred_dist",

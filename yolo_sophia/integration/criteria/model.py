@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from yolo_sophia.curvature import Gaussian, LossTerm, sign_randomised
 from yolo_sophia.curvature.losses import cross_entropy
-from yolo_sophia.integration.criteria.rows import wide
 from yolo_sophia.integration.criteria.recorder import Call, Tap
+from yolo_sophia.integration.criteria.rows import wide
 
 
 class ClassificationTap(Tap):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from yolo_sophia.curvature import Bernoulli, LossTerm, Quadratic
 from yolo_sophia.integration.criteria.detect import DetectionTap
-from yolo_sophia.integration.criteria.rows import quadratic, wide
 from yolo_sophia.integration.criteria.recorder import Call
+from yolo_sophia.integration.criteria.rows import quadratic, wide
 
 
 class PoseTap(DetectionTap):

@@ -13,8 +13,8 @@ import torch
 
 from yolo_sophia.curvature import Bernoulli, LossTerm
 from yolo_sophia.integration.criteria.detect import DetectionTap
-from yolo_sophia.integration.criteria.rows import wide
 from yolo_sophia.integration.criteria.recorder import Call
+from yolo_sophia.integration.criteria.rows import wide
 
 
 class SegmentationTap(DetectionTap):
