@@ -11,15 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "yolo_sophia"
 ALLOWED = {  # room -> rooms of this package that it may import
     "optim": {"optim", "curvature"},
     "curvature": {"curvature"},
+    "atomic": set(),
     "yaml_io": set(),
     "presets": {"curvature", "yaml_io"},
     "autoload": {"integration"},
     "shapes": set(),
-    "integration": {"optim", "curvature", "presets", "autoload", "shapes", "integration"},
-    "runs": {"integration", "runs", "compare"},
-    "report": {"runs", "report"},
-    "compare": {"presets", "integration", "runs", "report", "yaml_io", "compare"},
-    "tune": {"presets", "integration", "runs", "report", "compare", "tune"},
+    "integration": {"atomic", "optim", "curvature", "presets", "autoload", "shapes", "integration"},
+    "runs": {"atomic", "integration", "runs", "compare"},
+    "report": {"atomic", "runs", "report"},
+    "compare": {"atomic", "presets", "integration", "runs", "report", "yaml_io", "compare"},
+    "tune": {"atomic", "presets", "integration", "runs", "report", "compare", "tune"},
     "cli": {"optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},
     "": {"optim", "autoload", "tune"},  # __init__.py
 }

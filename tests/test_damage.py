@@ -21,12 +21,13 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from ultralytics import YOLO
 
-from yolo_sophia import cli
+from yolo_sophia import atomic, cli
+from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.plan import build, runs
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.runs import worker
 from yolo_sophia.runs.scheduler import Progress, execute, folder_of, train_one
-from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, is_whole, read_curve, write_whole
+from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, is_whole, read_curve
 
 
 def full(*_: Any, **__: Any) -> None:
@@ -146,7 +147,7 @@ def test_a_full_disk_during_a_checkpoint_leaves_the_last_one(tiny_run, monkeypat
     def fill_up(trainer: Any) -> None:
         if trainer.epoch == 0:
             seen["last"] = trainer.last.read_bytes()
-            monkeypatch.setattr("yolo_sophia.integration.checkpoints.os.fsync", full)
+            monkeypatch.setattr("yolo_sophia.atomic.os.fsync", full)
 
     with pytest.raises(OSError, match="No space left on device"):
         train(run, callbacks={"on_model_save": fill_up})
@@ -184,10 +185,10 @@ def test_a_small_disk_that_fills_up_in_a_training(tiny_run, small_disk):
 @pytest.mark.parametrize("error", [full, read_only])
 def test_a_file_that_cannot_be_written_stays_the_old_one(tmp_path, monkeypatch, error):
     path = tmp_path / "file"
-    write_whole(path, "old")
+    atomic_write(path, "old")
     monkeypatch.setattr(worker.os, "fsync", error)
     with pytest.raises(OSError):
-        write_whole(path, "new")
+        atomic_write(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -239,7 +240,7 @@ def plan_of(tiny_data: Path, tiny_model: Path, out: Path, **more: Any):
 def test_a_run_whose_folder_cannot_be_written_failed_and_the_others_go_on(tiny_data, tiny_model, tmp_path, monkeypatch):
     plan = plan_of(tiny_data, tiny_model, tmp_path)
     ordered = runs(plan)
-    real = worker.os.fsync
+    real = atomic.os.fsync
     failing = folder_of(plan.out, ordered[0])
 
     def write_order(folder: Path, *rest: Any) -> None:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from yolo_sophia import atomic
 from yolo_sophia.curvature.autocast import no_autocast
 from yolo_sophia.curvature.noise import forked, preserved
 from yolo_sophia.runs import worker
@@ -68,7 +69,7 @@ def test_autocast_is_switched_off_where_it_exists(monkeypatch):
 @pytest.fixture
 def windows(monkeypatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(worker.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(atomic.time, "sleep", lambda seconds: None)
 
 
 def refusing(times: int):
@@ -86,17 +87,17 @@ def refusing(times: int):
 
 def test_a_file_that_is_read_is_replaced_a_little_later(windows, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "replace", refusing(3))
-    worker.write_whole(tmp_path / "a.csv", "x\r\ny\n")
+    atomic.atomic_write(tmp_path / "a.csv", "x\r\ny\n")
     assert (tmp_path / "a.csv").read_bytes() == b"x\r\ny\n"  # no line end is made longer
     monkeypatch.setattr(os, "replace", refusing(99))
     with pytest.raises(PermissionError):
-        worker.write_whole(tmp_path / "a.csv", "z")
+        atomic.atomic_write(tmp_path / "a.csv", "z")
 
 
 def test_permission_is_final_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "replace", refusing(1))
     with pytest.raises(PermissionError):
-        worker.write_whole(tmp_path / "a.csv", "z")
+        atomic.atomic_write(tmp_path / "a.csv", "z")
 
 
 def test_workers_do_not_hear_ctrl_c(windows, monkeypatch, tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
+from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.plan import KEYS, Plan, Run, parse, runs
 from yolo_sophia.compare.tuning import Search, choose, trial_runs
 from yolo_sophia.compare.view import plan_yaml
 from yolo_sophia.runs.progress import showing
 from yolo_sophia.runs.results import load
 from yolo_sophia.runs.scheduler import Progress, execute
-from yolo_sophia.runs.worker import write_whole
 
 
 def help_text() -> str:
@@ -50,7 +50,7 @@ def train(plan: Plan) -> tuple[list[Run], list[Progress], list[Search]]:
     """
     check_data(plan)
     plan.out.mkdir(parents=True, exist_ok=True)
-    write_whole(plan.out / "plan.yaml", plan_yaml(plan))
+    atomic_write(plan.out / "plan.yaml", plan_yaml(plan))
     searches, tuned = tune(plan)
     ordered = runs(plan, tuned)
     return ordered, _run(plan, ordered, "compare"), searches

@@ -10,6 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare import headline, sections, tables
 from yolo_sophia.compare.plan import Plan, data_name
 from yolo_sophia.compare.tuning import Search
@@ -17,7 +18,6 @@ from yolo_sophia.compare.view import View, plan_yaml
 from yolo_sophia.report.document import Code, Document, Section, Text, pictures, to_html
 from yolo_sophia.report.markdown import to_markdown
 from yolo_sophia.runs.results import RunResult
-from yolo_sophia.runs.worker import write_bytes_whole, write_whole
 
 HTML, MARKDOWN, CSV, FIGURES = "report.html", "report.md", "results.csv", "figures"
 READING = (
@@ -59,7 +59,7 @@ def write_report(
     view = View.of(plan, results)
     document = compose(view, searches, coco or {})
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / CSV, rows_csv(view))
+    atomic_write(out / CSV, rows_csv(view))
     return write_document(document, out)
 
 
@@ -67,9 +67,9 @@ def write_document(document: Document, out: Path) -> Path:
     """Write a document as report.html, report.md and figures/*.png; returns the path of the first."""
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
     for picture in pictures(document.sections):
-        write_bytes_whole(out / FIGURES / f"{picture.name}.png", picture.png)
-    write_whole(out / MARKDOWN, to_markdown(document, FIGURES))
-    write_whole(out / HTML, to_html(document))
+        atomic_write(out / FIGURES / f"{picture.name}.png", picture.png)
+    atomic_write(out / MARKDOWN, to_markdown(document, FIGURES))
+    atomic_write(out / HTML, to_html(document))
     return out / HTML
 
 

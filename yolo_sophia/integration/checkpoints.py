@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ultralytics.utils import LOGGER
+
+from yolo_sophia.atomic import flush_to_disk, replace_with_retry
 
 PARTIAL = ".partial"
 """Name of the folder beside the checkpoints; one that a killed process left is replaced by the next to write."""
@@ -37,9 +38,8 @@ def folder_beside(weights: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "last.pt"):
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(path, weights / path.name)
+            flush_to_disk(path)
+            replace_with_retry(path, weights / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from pathlib import Path
+
+from yolo_sophia.atomic import atomic_write
 
 PANELS = (
     ("clip fraction", ("clip_fraction",), False),
@@ -57,7 +59,7 @@ def plot_sophia(results: str | Path) -> Path:
         f"SophiaG: {float(last['sophia/refreshes']):.0f} Hessian updates, {float(last['sophia/dropped']):.0f} dropped"
     )
     target = results.with_name("sophia.png")
-    partial = target.with_name(f".{target.name}")
-    figure.savefig(partial, format="png", dpi=150)
-    os.replace(partial, target)  # whole, whenever the process is killed
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    atomic_write(target, buffer.getvalue())
     return target

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from yolo_sophia.atomic import atomic_write
 from yolo_sophia.runs.coco import Image, evaluate, evaluator, from_file, from_labels
 from yolo_sophia.runs.results import RunResult
 from yolo_sophia.runs.scheduler import folder_of
-from yolo_sophia.runs.worker import TRAINING, write_whole
+from yolo_sophia.runs.worker import TRAINING
 
 RECORD, WEIGHTS = "coco.json", "last.pt"
 
@@ -54,7 +55,7 @@ def coco_metrics(
                 continue
             tell(f"{result.run.key}: COCO metrics of {WEIGHTS}")
             record = {"asked": asked, **_measure(weights, result, annotations)}
-            write_whole(folder / RECORD, json.dumps(record, indent=1))
+            atomic_write(folder / RECORD, json.dumps(record, indent=1))
         found[result.run.key] = {name: value for name, value in record["metrics"].items() if value is not None}
     return found
 

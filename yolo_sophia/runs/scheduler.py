@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.plan import Run
-from yolo_sophia.runs.worker import BUSY, ORDER, RECEIPT, read_curve, write_whole
+from yolo_sophia.runs.worker import BUSY, ORDER, RECEIPT, read_curve
 
 LAST_LINES = 12
 LOG, FAILURE = "log.txt", "failure.txt"
@@ -158,7 +159,7 @@ def take_up(folder: Path, item: Progress) -> bool:
 def write_order(folder: Path, item: Progress, threads: int) -> None:
     """Write what the worker is to train, and with how many threads."""
     order = {**vars(item.run), "arguments": dict(item.run.arguments), "threads": threads}
-    write_whole(folder / ORDER, json.dumps(order, indent=1))
+    atomic_write(folder / ORDER, json.dumps(order, indent=1))
 
 
 def start_worker(folder: Path, environment: Mapping[str, str], directory: str | None = None) -> subprocess.Popen[bytes]:
@@ -200,7 +201,7 @@ def judge(folder: Path, item: Progress, code: int, *, stopped: bool = False, why
     else:
         killed = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
         item.state, item.note = "failed", "\n".join(part for part in (last_lines(folder / LOG), killed, why) if part)
-        write_whole(folder / FAILURE, item.note)
+        atomic_write(folder / FAILURE, item.note)
 
 
 def last_lines(log: Path) -> str:

@@ -7,7 +7,6 @@ finished and is taken up from its checkpoint. The process that trains holds the 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -20,40 +19,11 @@ from typing import Any
 
 import psutil  # a dependency of Ultralytics
 
+from yolo_sophia.atomic import atomic_copy, atomic_write, remove_leftovers
+
 CURVE, RECEIPT, ORDER, CHECKPOINT, TRAINING = "curve.jsonl", "result.json", "run.json", "checkpoint.pt", "train"
 BUSY = 75
 """Exit code where another process trains in this folder (EX_TEMPFAIL)."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process is killed or the disk is full."""
-    write_bytes_whole(path, text.encode())
-
-
-def write_bytes_whole(path: Path, content: bytes) -> None:
-    """Write as `write_whole` does."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def replace(partial: Path, path: Path) -> None:
-    """Give a file its name in one step; Windows refuses while another process reads the old one, so wait a little."""
-    for seconds in (0.01, 0.1, 0.5, 2.0) if sys.platform == "win32" else ():
-        try:
-            os.replace(partial, path)
-            return
-        except PermissionError:
-            time.sleep(seconds)
-    os.replace(partial, path)
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
@@ -87,7 +57,7 @@ class Recorder:
     def on_train_start(self, trainer: Any) -> None:
         """Take the counters up where the checkpoint was written, and count from here."""
         done = [row for row in read_curve(self.folder) if row["epoch"] <= trainer.start_epoch]
-        write_whole(self.folder / CURVE, "".join(json.dumps(row) + "\n" for row in done))
+        atomic_write(self.folder / CURVE, "".join(json.dumps(row) + "\n" for row in done))
         if done:
             self.steps, self.images, self.seconds = (done[-1][key] for key in ("steps", "images", "seconds"))
         trainer.optimizer.register_step_post_hook(self._count_step)
@@ -137,9 +107,7 @@ class Recorder:
         """
         if trainer.stop:
             return
-        partial = self.folder / f".{CHECKPOINT}.partial"
-        shutil.copyfile(trainer.last, partial)
-        replace(partial, self.folder / CHECKPOINT)
+        atomic_copy(trainer.last, self.folder / CHECKPOINT)
 
 
 def _plain(value: Any) -> float | None:
@@ -155,6 +123,7 @@ def train(folder: Path) -> dict[str, Any]:
     order = json.loads((folder / ORDER).read_text(encoding="utf-8"))
     arguments = dict(order["arguments"])
     checkpoint = folder / CHECKPOINT
+    remove_leftovers(checkpoint)
     resume = checkpoint if checkpoint.is_file() and not order.get("restart") else None
     if resume and not is_whole(checkpoint):
         sys.stderr.write(f"{checkpoint} is damaged and cannot be resumed from: this training begins anew.\n")
@@ -181,7 +150,7 @@ def train(folder: Path) -> dict[str, Any]:
         **facts,
         "versions": _versions(),
     }
-    write_whole(folder / RECEIPT, json.dumps(receipt, indent=1, default=str))
+    atomic_write(folder / RECEIPT, json.dumps(receipt, indent=1, default=str))
     checkpoint.unlink(missing_ok=True)
     return receipt
 

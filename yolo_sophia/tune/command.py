@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.command import check_data
 from yolo_sophia.compare.spaces import FORMS
 from yolo_sophia.runs.progress import showing
 from yolo_sophia.runs.scheduler import Progress
-from yolo_sophia.runs.worker import write_whole
 from yolo_sophia.tune.plan import KEYS, TunePlan, parse, plan_yaml
 from yolo_sophia.tune.progress import REFRESH, Board
 
@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> int:
     from yolo_sophia.tune.study import SharedStudy, StorageError  # Optuna is imported from here on
 
     study = SharedStudy(plan)
-    write_whole(plan.base.out / "plan.yaml", plan_yaml(plan))
+    atomic_write(plan.base.out / "plan.yaml", plan_yaml(plan))
     try:
         with showing("tune", plan.workers) as show:
             run(study, show)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.galleries import picture
 from yolo_sophia.compare.plan import data_name
 from yolo_sophia.compare.report import write_document
@@ -18,7 +19,6 @@ from yolo_sophia.compare.spaces import Range
 from yolo_sophia.compare.tables import DASH, count, duration, scalar
 from yolo_sophia.report.document import Block, Code, Document, Fold, Gallery, Section, Table, Text
 from yolo_sophia.runs import environment as machine
-from yolo_sophia.runs.worker import write_whole
 from yolo_sophia.tune import figures
 from yolo_sophia.tune.plan import plan_yaml
 from yolo_sophia.tune.view import Trial, View
@@ -43,8 +43,8 @@ def write_report(view: View) -> Path:
     out = view.plan.base.out
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (view.outcome.files if view.outcome else {}).items():
-        write_whole(out / name, text)
-    write_whole(out / CSV, rows_csv(view))
+        atomic_write(out / name, text)
+    atomic_write(out / CSV, rows_csv(view))
     return write_document(compose(view), out)
 
 

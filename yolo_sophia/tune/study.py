@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.spaces import Choice, Dimension
 from yolo_sophia.compare.tuning import TRIAL_SEED
-from yolo_sophia.runs.worker import write_whole
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS
 
@@ -74,7 +74,7 @@ class SharedStudy:
         with self._queue():
             folder = self._locks.parent / FOLDER_ID
             if not folder.is_file():
-                write_whole(folder, uuid.uuid4().hex)
+                atomic_write(folder, uuid.uuid4().hex)
             self.folder = folder.read_text(encoding="utf-8")
             self._study = found or self._open(create=True)
             self._check_same(self._study)
