@@ -97,12 +97,12 @@ def constant_statistics(model: torch.nn.Module, statistics_of: dict) -> Iterator
 def measure(trainer: Any, steps: int, batches: int, report: Callable[[dict], None]) -> None:
     """Measure on a trainer that is about to begin."""
     from yolo_sophia.curvature import GaussNewtonBartlett
-    from yolo_sophia.integration.criteria import tap_for
+    from yolo_sophia.integration.criteria import recorder_for
     from yolo_sophia.integration.subsample import loss_of_part
 
     model, noise = trainer.model.train(), torch.Generator().manual_seed(0)
     model.criterion = model.init_criterion()
-    tap, estimator = tap_for(model, model.criterion), GaussNewtonBartlett()
+    recorder, estimator = recorder_for(model, model.criterion), GaussNewtonBartlett()
     params = [p for p in model.parameters() if p.requires_grad]
     batches_of = (trainer.preprocess_batch(b) for _ in iter(int, 1) for b in trainer.train_loader)
     optimizer = torch.optim.AdamW(params, lr=1e-3)
@@ -114,7 +114,7 @@ def measure(trainer: Any, steps: int, batches: int, report: Callable[[dict], Non
     optimizer.zero_grad()
 
     def estimate(images: int) -> list[Tensor]:
-        found = estimator(tap.terms(), params, noise)
+        found = estimator(recorder.terms(), params, noise)
         return [torch.zeros_like(p) if e is None else e * (BATCH / images) for e, p in zip(found, params)]
 
     moments, passes = {name: Moments() for name in (*WAYS, FROZEN)}, []
@@ -127,7 +127,7 @@ def measure(trainer: Any, steps: int, batches: int, report: Callable[[dict], Non
             hook.remove()
         seen = {m: torch.var_mean(x, (0, 2, 3), correction=0)[::-1] for m, x in seen.items()}
         start = clock()
-        tap.arm()
+        recorder.start()
         loss = loss_of_part(model, batch, BATCH)
         forward = clock()
         moments[next(iter(WAYS))].add(estimate(BATCH), i % 2, clock() - forward)
@@ -137,7 +137,7 @@ def measure(trainer: Any, steps: int, batches: int, report: Callable[[dict], Non
         for name, images in [*list(WAYS.items())[1:], (FROZEN, 4)]:
             with constant_statistics(model, seen if name == FROZEN else {}):
                 start = clock()
-                tap.arm()
+                recorder.start()
                 loss_of_part(model, batch, images)
                 moments[name].add(estimate(images), i % 2, clock() - start)
         if i % 10 == 9 or i == batches - 1:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import curvature_oracle as oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,11 +23,8 @@ from ultralytics.utils import loss as losses
 from ultralytics.utils.metrics import probiou
 
 from yolo_sophia.curvature import Categorical, EmpiricalFisher, GaussNewtonBartlett, Quadratic, SignRandomised
-from yolo_sophia.integration.criteria import UnknownTap, tap_for
+from yolo_sophia.integration.criteria import SignedGradientRecorder, recorder_for
 from yolo_sophia.integration.subsample import loss_of_part, take_part
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import verify_curvature as verify
 
 pytestmark = pytest.mark.compat
 
@@ -41,18 +37,18 @@ FAMILIES = [pytest.param(t, False, id=t) for t in ("detect", "segment", "pose", 
 
 @pytest.fixture
 def double():
-    with verify.float64(), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    with oracle.float64(), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
         yield
 
 
 def listen(model: nn.Module, batch: dict) -> SimpleNamespace:
     """A pass through the model and its loss, with the product listening."""
-    tap = tap_for(model, model.criterion)
-    tap.arm()
+    recorder = recorder_for(model, model.criterion)
+    recorder.start()
     loss = model(batch)[0].sum()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     names, params = map(list, zip(*named))
-    return SimpleNamespace(tap=tap, loss=loss, terms=tap.terms(), names=names, params=params)
+    return SimpleNamespace(recorder=recorder, loss=loss, terms=recorder.terms(), names=names, params=params)
 
 
 def diagonal(outputs: list, curvatures: list, params: list) -> torch.Tensor:
@@ -102,7 +98,7 @@ def test_expected_estimate_of_the_likelihoods_is_the_exact_diagonal(double, task
     run = listen(model, batch)
     small = [p for p in run.params if p.numel() < 600]  # of every branch some; whole Jacobians are large
     terms = [t for t in run.terms if not isinstance(t, (Quadratic, Categorical))]
-    found = diagonal([t.output for t in terms], [verify.second_moment(t) for t in terms], small)
+    found = diagonal([t.output for t in terms], [oracle.second_moment(t) for t in terms], small)
     exact = exact_diagonal(model, batch, small, ("binary_cross_entropy_with_logits", "l1_loss"))
     assert (exact > 0).float().mean() > 0.5
     torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-12)
@@ -111,10 +107,10 @@ def test_expected_estimate_of_the_likelihoods_is_the_exact_diagonal(double, task
 def test_classification_is_the_exact_diagonal(double):
     model, batch = build("classify"), batch_of("classify", images=3)
     run = listen(model, batch)
-    found = verify.expected_estimate(run.terms, run.params)
+    found = oracle.expected_estimate(run.terms, run.params)
     logits = model(batch["img"])
     hessian = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, batch["cls"]), logits.detach())
-    rows = verify.jacobian(logits, run.params)
+    rows = oracle.jacobian(logits, run.params)
     exact = torch.einsum("kp,kl,lp->p", rows, hessian.reshape(logits.numel(), -1), rows)
     torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-12)
 
@@ -123,7 +119,7 @@ def test_classification_is_the_exact_diagonal(double):
 def test_no_parameter_with_a_gradient_is_without_curvature(task, two_heads):
     model, batch = build(task, two_heads), batch_of(task)
     run = listen(model, batch)
-    assert run.tap.known and not run.tap.armed
+    assert run.recorder.known and not run.recorder.recording
     gradients = torch.autograd.grad(run.loss, run.params, retain_graph=True, allow_unused=True)
     for estimate in (GaussNewtonBartlett(), EmpiricalFisher()):
         found = estimate(run.terms, run.params, Generator().manual_seed(0))
@@ -254,7 +250,7 @@ def test_distillation_is_the_exact_diagonal(double):
     run = listen(model, batch)
     projector = [p for n, p in zip(run.names, run.params) if "projector" in n and p.numel() < 600]
     terms = run.terms[6:]  # after those of the two heads
-    found = diagonal([t.output for t in terms], [verify.second_moment(t) for t in terms], projector)
+    found = diagonal([t.output for t in terms], [oracle.second_moment(t) for t in terms], projector)
     exact = exact_diagonal(model, batch, projector, ("mse_loss",))
     assert (exact > 0).float().mean() > 0.5  # some units of the projector may be dead
     torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-12)
@@ -309,7 +305,7 @@ def test_unknown_losses_are_cut_at_the_outputs_of_the_model(name):
     torch.manual_seed(0)
     model, batch = STRANGERS[name]()
     run = listen(model, batch)
-    assert isinstance(run.tap, UnknownTap) and not run.tap.known
+    assert isinstance(run.recorder, SignedGradientRecorder) and not run.recorder.known
     assert all(type(t) is SignRandomised for t in run.terms)
     outputs, gradients = [t.output for t in run.terms], [t.gradient for t in run.terms]
     pulled = torch.autograd.grad(outputs, run.params, gradients, retain_graph=True, allow_unused=True)
@@ -323,12 +319,12 @@ def test_unknown_losses_are_cut_at_the_outputs_of_the_model(name):
 
 def test_a_model_that_is_trained_without_its_loss_is_refused():
     model, batch = unknown("detect")
-    tap = tap_for(model, model.criterion)
-    tap.arm()
+    recorder = recorder_for(model, model.criterion)
+    recorder.start()
     model.criterion(model.predict(batch["img"]), batch)
     with pytest.raises(RuntimeError, match=r"trained without its `loss`.*another optimizer"):
-        tap.terms()
-    assert not tap.armed
+        recorder.terms()
+    assert not recorder.recording
 
 
 def test_world_models_share_the_detection_loss():
@@ -337,7 +333,7 @@ def test_world_models_share_the_detection_loss():
     model = tasks.WorldModel(layout, nc=3, verbose=False).train()
     model.args = SimpleNamespace(**GAINS)
     run = listen(with_criterion(model), {**batch_of("detect"), "txt_feats": torch.randn(2, 3, 512)})
-    assert run.tap.known
+    assert run.recorder.known
     found = GaussNewtonBartlett()(run.terms, run.params, Generator().manual_seed(0))
     assert all(h.any() for h, name in zip(found, run.names) if ".dfl." not in name)
 
@@ -355,7 +351,7 @@ def test_a_part_of_the_batch_gives_an_estimate(task, two_heads, overlap):
         model.args.overlap_mask = model.criterion.overlap = False
         batch["masks"] = torch.randint(2, (len(batch["cls"]), 12, 12)).float()
     alone = copy.deepcopy(model)(take_part(batch, 2, overlap))[0].sum()
-    tap = tap_for(model, model.criterion)
-    tap.arm()
+    recorder = recorder_for(model, model.criterion)
+    recorder.start()
     torch.testing.assert_close(loss_of_part(model, batch, 2), alone)
-    assert len(tap.terms()) >= 1
+    assert len(recorder.terms()) >= 1

@@ -24,7 +24,7 @@ from ultralytics.engine import trainer as engine
 
 from yolo_sophia import install
 from yolo_sophia.curvature import EmpiricalFisher, GaussNewtonBartlett
-from yolo_sophia.integration.criteria import tap_for
+from yolo_sophia.integration.criteria import recorder_for
 from yolo_sophia.optim import SophiaG, SophiaH, base
 from yolo_sophia.optim.chunked import chunked_update
 from yolo_sophia.optim.foreach import foreach_update
@@ -191,13 +191,13 @@ def test_estimate_equals_that_of_the_cpu_for_the_same_labels(task, estimator):
             del model.criterion  # holds tensors of the device it was made on
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch_of(task).items()}
         model.criterion = model.init_criterion()
-        tap = tap_for(model, model.criterion)
-        tap.arm()
+        recorder = recorder_for(model, model.criterion)
+        recorder.start()
         model(batch)
         names, params = zip(*model.named_parameters())
         kept = [i for i, p in enumerate(params) if p.requires_grad]
         with Dice():
-            values = estimator()(tap.terms(), [params[i] for i in kept])
+            values = estimator()(recorder.terms(), [params[i] for i in kept])
         return [names[i] for i in kept], values
 
     (names, found), (_, expected) = estimate(DEVICE), estimate("cpu")

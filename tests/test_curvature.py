@@ -1,16 +1,15 @@
 """h is the Gauss-Newton diagonal of the loss: exact oracles in float64, convergence of the estimates, no side effects.
 
-The oracle of the detection loss is that of `scripts/verify_curvature.py`, which takes nothing from the product; that of
+The oracle of the detection loss is that of `tests/curvature_oracle.py`, which takes nothing from the product; that of
 plain cross-entropies is curvlinops.
 """
 
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import curvature_oracle as oracle
 import numpy as np
 import pytest
 import torch
@@ -26,10 +25,7 @@ from yolo_sophia.curvature import (
     Quadratic,
 )
 from yolo_sophia.curvature.losses import cross_entropy
-from yolo_sophia.integration.criteria import DetectionTap, UnknownTap, tap_for
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import verify_curvature as verify
+from yolo_sophia.integration.criteria import DetectionRecorder, SignedGradientRecorder, recorder_for
 
 SAMPLES = 12_000
 pytestmark = pytest.mark.compat
@@ -37,57 +33,57 @@ pytestmark = pytest.mark.compat
 
 @pytest.fixture
 def double():
-    with verify.float64():
+    with oracle.float64():
         yield
 
 
-@pytest.fixture(scope="module", params=[None, verify.CLASS_WEIGHTS], ids=["plain", "weighted"])
+@pytest.fixture(scope="module", params=[None, oracle.CLASS_WEIGHTS], ids=["plain", "weighted"])
 def proof(request) -> SimpleNamespace:
     """A pass through the tiny detector, and its exact diagonals; computing them checks the formula of the loss."""
-    with verify.float64():
-        batch = verify.random_batch()
-        run = verify.forward(verify.tiny_detector(class_weights=request.param), batch)
+    with oracle.float64():
+        batch = oracle.random_batch()
+        run = oracle.forward(oracle.tiny_detector(class_weights=request.param), batch)
         if request.param and getattr(run.criterion, "class_weights", None) is None:
             pytest.skip("this Ultralytics has no class weights")
-        exact = verify.exact_diagonals(run, batch)
+        exact = oracle.exact_diagonals(run, batch)
         return SimpleNamespace(
-            run=run, exact=exact, formula=verify.formula(run, batch), weighted=request.param is not None
+            run=run, exact=exact, formula=oracle.formula(run, batch), weighted=request.param is not None
         )
 
 
 def off_tensors(found: torch.Tensor, exact: torch.Tensor, run) -> dict[str, float]:
     """Parameter tensors whose sum is not within the tolerance, with the ratio."""
-    ratios = verify.tensor_ratios(found, exact, run)
-    return {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > verify.TENSOR_TOLERANCE}
+    ratios = oracle.tensor_ratios(found, exact, run)
+    return {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > oracle.TENSOR_TOLERANCE}
 
 
 # The detection loss ---------------------------------------------------------------------------------------------------
 
 
 def test_enumerated_labels_have_the_second_moment_of_the_formula(proof, double):
-    moments = verify.exact_moments(proof.formula)
+    moments = oracle.exact_moments(proof.formula)
     assert list(proof.run.terms) == ["cls", "dfl", "ciou"]
     for name, term in proof.run.terms.items():
-        torch.testing.assert_close(verify.second_moment(term), moments[name], rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(oracle.second_moment(term), moments[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_expected_estimate_is_the_exact_diagonal_in_every_entry(proof, double):
     run = proof.run
-    expected = verify.expected_estimate(list(run.terms.values()), run.params)
+    expected = oracle.expected_estimate(list(run.terms.values()), run.params)
     torch.testing.assert_close(expected, sum(proof.exact[t] for t in run.terms), rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", verify.CASES)
+@pytest.mark.parametrize("case", oracle.CASES)
 def test_mean_of_estimates_is_the_exact_diagonal(proof, double, case):
-    run, terms = proof.run, verify.CASES[case]
+    run, terms = proof.run, oracle.CASES[case]
     if proof.weighted and "cls" not in terms:
         pytest.skip("class weights reach the class scores alone: the same case as without them")
     exact = sum(proof.exact[t] for t in terms)
-    found = verify.mean_estimate([run.terms[t] for t in terms], run.params, SAMPLES)
+    found = oracle.mean_estimate([run.terms[t] for t in terms], run.params, SAMPLES)
     assert off_tensors(found, exact, run) == {}
-    assert abs(found.sum() / exact.sum() - 1) <= verify.OVERALL_TOLERANCE
+    assert abs(found.sum() / exact.sum() - 1) <= oracle.OVERALL_TOLERANCE
     # The comparison left no tensor out but those that the terms do not reach.
-    compared = set(verify.tensor_ratios(found, exact, run))
+    compared = set(oracle.tensor_ratios(found, exact, run))
     blind = {"cls": "cv2", "dfl": "cv3", "ciou": "cv3"}.get(case, "nothing")
     assert compared == {name for name in run.names if blind not in name}
     assert any("cv2" in name for name in compared) == (case != "cls")
@@ -95,7 +91,7 @@ def test_mean_of_estimates_is_the_exact_diagonal(proof, double, case):
 
 def test_estimator_squares_the_pull_back_of_what_the_terms_sample(proof, double):
     terms = list(proof.run.terms.values())
-    assert verify.estimator_difference(terms, proof.run.params) < 1e-12
+    assert oracle.estimator_difference(terms, proof.run.params) < 1e-12
 
 
 def test_squared_true_label_gradients_are_refused(proof, double):
@@ -105,7 +101,7 @@ def test_squared_true_label_gradients_are_refused(proof, double):
     grads = torch.autograd.grad(run.loss, run.params, retain_graph=True)
     fisher = EmpiricalFisher()(list(run.terms.values()), run.params, None)
     for impostor in ([g.square() for g in grads], fisher):
-        off = off_tensors(verify.flatten(impostor, run.params), exact, run)
+        off = off_tensors(oracle.flatten(impostor, run.params), exact, run)
         assert len(off) > 0.8 * len(run.names)
 
 
@@ -116,11 +112,11 @@ def test_empirical_fisher_is_the_squared_pull_back_of_root_weighted_residuals(pr
     total = ((p - f.target_scores) * f.c_cls.sqrt()).mul(f.scores).sum()
     f_value = 0.0
     for b, a in f.c_box.nonzero().tolist():
-        box = verify.decode(f.logits[b, a], f.centres[a])
-        f_value = f_value + f.c_box[b, a].sqrt() * (1 - verify.ciou(box, f.targets[b, a]))
+        box = oracle.decode(f.logits[b, a], f.centres[a])
+        f_value = f_value + f.c_box[b, a].sqrt() * (1 - oracle.ciou(box, f.targets[b, a]))
         sides = torch.cat([f.centres[a] - f.targets[b, a, :2], f.targets[b, a, 2:] - f.centres[a]])
         logp = f.logits[b, a].log_softmax(-1)
-        for side, t in enumerate(sides.clamp(0, verify.BINS - 1.01).tolist()):
+        for side, t in enumerate(sides.clamp(0, oracle.BINS - 1.01).tolist()):
             nll = -(int(t) + 1 - t) * logp[side, int(t)] - (t - int(t)) * logp[side, int(t) + 1]
             f_value = f_value + f.c_dfl[b, a].sqrt() * nll
     grads = torch.autograd.grad(total + f_value, run.params, retain_graph=True)
@@ -140,7 +136,7 @@ def test_ciou_root_is_the_projected_hessian(proof, double):
     for (b, a), own in zip(foreground, root):
         projection = own @ own.mT / f.c_box[b, a]
         target = f.targets[b, a]
-        hessian = torch.func.hessian(lambda x, target=target: 1 - verify.ciou(x, target))(boxes[b, a])
+        hessian = torch.func.hessian(lambda x, target=target: 1 - oracle.ciou(x, target))(boxes[b, a])
         rest = projection - hessian
         scale = float(hessian.abs().max())
         assert torch.linalg.eigvalsh(projection).min() > -1e-9 * scale
@@ -171,7 +167,7 @@ def test_plain_networks_agree_with_curvlinops(double, likelihood, reduction):
     exact = (operator @ torch.eye(operator.shape[1])).diag()
     coefficient = torch.tensor(1.0 / predictions if reduction == "mean" else 1.0)
     term = {"bernoulli": Bernoulli, "categorical": Categorical}[likelihood](net(x), coefficient)
-    found = verify.mean_estimate([term], params, 40_000)
+    found = oracle.mean_estimate([term], params, 40_000)
     for a, b in zip(found.split([p.numel() for p in params]), exact.split([p.numel() for p in params])):
         assert float(a.sum() / b.sum()) == pytest.approx(1, abs=0.05)
     torch.testing.assert_close(found, exact, rtol=0.05, atol=0.02 * float(exact.mean()))
@@ -182,7 +178,7 @@ def test_plain_networks_agree_with_curvlinops(double, likelihood, reduction):
 
 def single(boxes: int = 3, model=None):
     """A float32 pass: the run and its terms."""
-    run = verify.forward(model or verify.tiny_detector(), verify.random_batch(boxes=boxes))
+    run = oracle.forward(model or oracle.tiny_detector(), oracle.random_batch(boxes=boxes))
     return run, list(run.terms.values())
 
 
@@ -209,15 +205,15 @@ def test_estimate_leaves_gradients_buffers_and_random_states_alone(name):
 
 
 def test_listening_draws_no_global_noise_and_changes_no_loss():
-    model, batch = verify.tiny_detector(), verify.random_batch()
+    model, batch = oracle.tiny_detector(), oracle.random_batch()
     criterion = model.init_criterion()
     preds = model(batch["img"])
     plain = criterion(preds, batch)[0]
-    tap = DetectionTap(criterion)
+    recorder = DetectionRecorder(criterion)
     states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
-    tap.arm()
+    recorder.start()
     heard = criterion(preds, batch)[0]
-    tap.terms()
+    recorder.terms()
     assert torch.equal(plain, heard)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (str(np.random.get_state()), random.getstate())
@@ -268,7 +264,7 @@ def test_without_foreground_the_box_branch_has_no_estimate():
     assert all(estimates[n].any() for n in run.names if "cv2" not in n)
     run.loss.backward()
     # TSS is clamped to 1: the coefficient of every score is the gain times the batch size.
-    assert float(terms[0].coefficient) == verify.GAINS["cls"] * verify.IMAGES
+    assert float(terms[0].coefficient) == oracle.GAINS["cls"] * oracle.IMAGES
 
 
 def test_a_batch_with_foreground_has_all_terms():
@@ -316,7 +312,7 @@ def test_half_precision_forward_gives_the_estimate_of_the_single_one():
     run, terms = single()
     count = 40
     single_precision = sum(
-        verify.flatten(GaussNewtonBartlett()(terms, run.params, seeded(s)), run.params) for s in range(count)
+        oracle.flatten(GaussNewtonBartlett()(terms, run.params, seeded(s)), run.params) for s in range(count)
     )
     with torch.autocast("cpu", torch.bfloat16):
         run, terms = single()
@@ -324,7 +320,7 @@ def test_half_precision_forward_gives_the_estimate_of_the_single_one():
         inside = GaussNewtonBartlett()(terms, run.params, seeded())
     outside = GaussNewtonBartlett()(terms, run.params, seeded())
     assert all(torch.equal(a, b) for a, b in zip(inside, outside))
-    half = sum(verify.flatten(GaussNewtonBartlett()(terms, run.params, seeded(s)), run.params) for s in range(count))
+    half = sum(oracle.flatten(GaussNewtonBartlett()(terms, run.params, seeded(s)), run.params) for s in range(count))
     assert half.isfinite().all()
     assert float(half.sum() / single_precision.sum()) == pytest.approx(1, abs=0.2)
 
@@ -344,75 +340,75 @@ def test_categorical_sampling_stays_in_range_at_the_edges(monkeypatch):
     assert drawn(torch.zeros(1, 41), largest) == [40]
 
 
-# The tap --------------------------------------------------------------------------------------------------------------
+# The recorder -------------------------------------------------------------------------------------------------------
 
 
 def test_tap_gives_the_criterion_its_own_callables_back():
-    model, batch = verify.tiny_detector(), verify.random_batch()
+    model, batch = oracle.tiny_detector(), oracle.random_batch()
     criterion = model.init_criterion()
     bce, bbox_loss = criterion.bce, criterion.bbox_loss
-    tap = DetectionTap(criterion)
+    recorder = DetectionRecorder(criterion)
 
     def own() -> bool:
         return criterion.bce is bce and criterion.bbox_loss is bbox_loss
 
-    assert own() and not tap.armed
-    tap.arm()
-    assert tap.armed and not own()
+    assert own() and not recorder.recording
+    recorder.start()
+    assert recorder.recording and not own()
     criterion(model(batch["img"]), batch)
-    terms = tap.terms()
-    assert own() and not tap.armed and len(terms) == 3
+    terms = recorder.terms()
+    assert own() and not recorder.recording and len(terms) == 3
 
-    tap.arm()
+    recorder.start()
     with pytest.raises(KeyError):
         criterion(model(batch["img"]), {})  # fails before either callable
-    tap.arm()  # as at the next micro-batch
-    tap.arm()
+    recorder.start()  # as at the next micro-batch
+    recorder.start()
     criterion(model(batch["img"]), batch)
-    assert len(tap.terms()) == 3 and own()
+    assert len(recorder.terms()) == 3 and own()
 
     def fails(*_):
         raise ValueError("out of memory")
 
-    tap.disarm()
+    recorder.stop()
     bbox_loss.forward = fails
-    tap.arm()
+    recorder.start()
     with pytest.raises(ValueError, match="out of memory"):
         criterion(model(batch["img"]), batch)  # fails between the two
     del bbox_loss.forward
-    tap.arm()
+    recorder.start()
     criterion(model(batch["img"]), batch)
-    assert len(tap.terms()) == 3 and own()
-    tap.arm()
-    tap.disarm()
+    assert len(recorder.terms()) == 3 and own()
+    recorder.start()
+    recorder.stop()
     assert own()
 
 
 def test_tap_hears_nothing_of_an_earlier_call():
-    model, batch = verify.tiny_detector(), verify.random_batch()
+    model, batch = oracle.tiny_detector(), oracle.random_batch()
     criterion = model.init_criterion()
-    tap = DetectionTap(criterion)
-    tap.arm()
+    recorder = DetectionRecorder(criterion)
+    recorder.start()
     criterion(model(batch["img"]), batch)
-    tap.arm()
+    recorder.start()
     with pytest.raises(RuntimeError, match="called its `bce` 0 times"):
-        tap.terms()
-    assert not tap.armed
+        recorder.terms()
+    assert not recorder.recording
 
 
 def test_unknown_criteria_get_the_tap_that_needs_none():
     from ultralytics.utils.loss import v8DetectionLoss
 
-    model = verify.tiny_detector()
+    model = oracle.tiny_detector()
     subclass = type("v8DetectionLoss", (v8DetectionLoss,), {"__module__": "elsewhere"})
     for criterion in (subclass(model), nn.MSELoss(), None):
-        tap = tap_for(model, criterion)
-        assert type(tap) is UnknownTap and not tap.known
-    assert tap_for(model, model.init_criterion()).known
+        recorder = recorder_for(model, criterion)
+        assert type(recorder) is SignedGradientRecorder and not recorder.known
+    assert recorder_for(model, model.init_criterion()).known
 
 
 def test_a_moved_bbox_loss_is_refused():
-    criterion = verify.tiny_detector().init_criterion()
+    criterion = oracle.tiny_detector().init_criterion()
 
     class Moved(nn.Module):
         def forward(self, pred_dist, pred_bboxes, anchors, target_bboxes, target_scores, target_scores_sum, fg_mask):
@@ -420,8 +416,8 @@ def test_a_moved_bbox_loss_is_refused():
 
     criterion.bbox_loss = Moved()
     with pytest.raises(RuntimeError, match=r"BboxLoss\.forward takes .*'anchors'.*expected .*'anchor_points'"):
-        DetectionTap(criterion)
-    criterion = verify.tiny_detector().init_criterion()
+        DetectionRecorder(criterion)
+    criterion = oracle.tiny_detector().init_criterion()
     del criterion.bce
     with pytest.raises(RuntimeError, match="moved the detection loss"):
-        DetectionTap(criterion)
+        DetectionRecorder(criterion)

@@ -15,7 +15,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_sophia.curvature import GaussNewtonBartlett
 from yolo_sophia.curvature.noise import noise_seed
-from yolo_sophia.integration.criteria import tap_for
+from yolo_sophia.integration.criteria import recorder_for
 from yolo_sophia.integration.subsample import take_part
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
@@ -83,12 +83,12 @@ def check_window(run: SimpleNamespace, index: int, images: int) -> None:
             model.load_state_dict(window["start"])
             model.train()
             model.criterion = model.init_criterion()
-            (tap := tap_for(model, model.criterion)).arm()
+            (recorder := recorder_for(model, model.criterion)).start()
             loss, _ = model(take_part(window["batch"], size))
             params = {n: p for n, p in model.named_parameters() if ".dfl." not in n}
             gradient = torch.autograd.grad(loss.sum(), params.values(), retain_graph=True)
             generator = torch.Generator().manual_seed(noise_seed(run.args.seed, rank, index))
-            found = GaussNewtonBartlett()(tap.terms(), list(params.values()), generator)
+            found = GaussNewtonBartlett()(recorder.terms(), list(params.values()), generator)
             if size == BATCH:
                 whole = gradient
         gradients.append(whole)

@@ -10,19 +10,15 @@ import copy
 import csv
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import curvature_oracle as oracle
 import pytest
 import torch
 from torch import Tensor
 from ultralytics.models.yolo.detect import DetectionTrainer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import verify_curvature as verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
 
@@ -199,35 +195,35 @@ def expectation(_):
     """In the place of an estimator, what it gives in expectation over the sampled labels."""
 
     def estimator(terms, params, generator, scale=1.0):
-        flat = verify.expected_estimate(terms, params)
+        flat = oracle.expected_estimate(terms, params)
         return [x.view_as(p) for x, p in zip(flat.split([p.numel() for p in params]), params)]
 
     return estimator
 
 
-def exact_diagonal(trainer: Watched, run: verify.Pass, batch: dict[str, Tensor]) -> Tensor:
+def exact_diagonal(trainer: Watched, run: oracle.Pass, batch: dict[str, Tensor]) -> Tensor:
     """The diagonal from the loss formula, flat, in the order of the trainer's parameters."""
     order = [id(p) for p in trainer.params]
     place = {name: order.index(id(p)) for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert sorted(place) == sorted(run.names)
-    exact = verify.exact_diagonals(run, batch)
+    exact = oracle.exact_diagonals(run, batch)
     parts = sum(exact[t] for t in run.terms).split([p.numel() for p in run.params])
     return torch.cat([part for _, part in sorted(zip((place[n] for n in run.names), parts))])
 
 
-STILL = {"lr0": 0.0, "warmup_bias_lr": 0.0, **verify.GAINS}  # the model does not move
+STILL = {"lr0": 0.0, "warmup_bias_lr": 0.0, **oracle.GAINS}  # the model does not move
 
 
 def test_expectation_is_the_diagonal_of_the_sum_of_unequal_micro_batches(tiny_run):
     """Over which micro-batch is the first one, and over all sampled labels."""
-    with verify.float64():
-        micro = [verify.random_batch(seed=i, images=2, boxes=n, size=32) for i, n in enumerate((1, 3, 8))]
-        model = verify.tiny_detector()
+    with oracle.float64():
+        micro = [oracle.random_batch(seed=i, images=2, boxes=n, size=32) for i, n in enumerate((1, 3, 8))]
+        model = oracle.tiny_detector()
         trainer = train(watched(model, micro), tiny_run, expectation, nbs=12, epochs=5, **STILL)
         assert check_factors(trainer) == [3.0] * 3
 
-        runs = [verify.forward(model, batch) for batch in micro]
-        totals = [float(verify.formula(run, batch).target_scores.sum()) for run, batch in zip(runs, micro)]
+        runs = [oracle.forward(model, batch) for batch in micro]
+        totals = [float(oracle.formula(run, batch).target_scores.sum()) for run, batch in zip(runs, micro)]
         exact = [exact_diagonal(trainer, run, batch) for run, batch in zip(runs, micro)]
         mean = sum(commit.h for commit in trainer.commits) / 3
         torch.testing.assert_close(mean, sum(exact), rtol=1e-6, atol=1e-9)
@@ -239,18 +235,18 @@ def test_expectation_is_the_diagonal_of_the_sum_of_unequal_micro_batches(tiny_ru
             assert abs(float(commit.h.sum() / mean.sum()) - 1) > 0.05
         merged = {key: torch.cat([batch[key] for batch in micro]) for key in micro[0]}
         merged["batch_idx"] = torch.cat([batch["batch_idx"] + 2 * i for i, batch in enumerate(micro)])
-        one_batch = exact_diagonal(trainer, verify.forward(model, merged), merged)
+        one_batch = exact_diagonal(trainer, oracle.forward(model, merged), merged)
         assert abs(float(one_batch.sum() / mean.sum()) - 1) > 0.05
 
 
 def test_expectation_of_a_part_is_its_diagonal_times_the_images(tiny_run):
-    with verify.float64():
-        batch = verify.random_batch(images=6, boxes=2, size=32)
-        model = verify.tiny_detector()
+    with oracle.float64():
+        batch = oracle.random_batch(images=6, boxes=2, size=32)
+        model = oracle.tiny_detector()
         trainer = train(watched(model, [batch]), tiny_run, expectation, nbs=4, hessian_fraction=0.5, **STILL)
         assert check_factors(trainer, estimated=4) == [6 / 4]
         part = {**{key: batch[key][:8] for key in ("batch_idx", "cls", "bboxes")}, "img": batch["img"][:4]}
-        exact = exact_diagonal(trainer, verify.forward(model, part), part)
+        exact = exact_diagonal(trainer, oracle.forward(model, part), part)
         torch.testing.assert_close(trainer.commits[0].h, 6 / 4 * exact, rtol=1e-6, atol=1e-9)
 
 

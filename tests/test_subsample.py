@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
+import curvature_oracle as oracle
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import verify_curvature as verify
 
 from yolo_sophia.integration.subsample import images_in_part, loss_of_part, take_part
 
@@ -36,13 +32,13 @@ def test_images_in_part(images, fraction, expected):
 
 @pytest.fixture
 def model():
-    model = verify.tiny_detector()
+    model = oracle.tiny_detector()
     model.criterion = model.init_criterion()
     return model
 
 
 def test_part_is_the_batch_of_its_first_images(model):
-    whole = verify.random_batch(images=5)
+    whole = oracle.random_batch(images=5)
     alone = {**whole, "img": whole["img"][:2], **{key: whole[key][:6] for key in ("batch_idx", "cls", "bboxes")}}
     part = take_part(whole, 2)
     assert part["img"].shape[0] == 2 and len(part["cls"]) == len(part["bboxes"]) == len(part["batch_idx"]) == 6
@@ -54,7 +50,7 @@ def test_nothing_of_the_pass_stays(model):
     model.model[2] = torch.nn.Sequential(model.model[2], torch.nn.Dropout())
     for name in ("i", "f", "type"):
         setattr(model.model[2], name, getattr(model.model[2][0], name))
-    batch = verify.random_batch(images=4)
+    batch = oracle.random_batch(images=4)
     model(batch)  # statistics that are neither 0 nor 1
     tensors = [*model.named_parameters(), *model.named_buffers()]
     before = [tensor.clone() for _, tensor in tensors]

@@ -13,7 +13,7 @@ from yolo_sophia.curvature import ESTIMATORS, Hutchinson
 from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer, resolve
 from yolo_sophia.integration.auto_lr import AUTO, factor_for, is_new
 from yolo_sophia.integration.checkpoints import reworded
-from yolo_sophia.integration.criteria import tap_for
+from yolo_sophia.integration.criteria import recorder_for
 from yolo_sophia.integration.external_optimizer import build_dotted
 from yolo_sophia.integration.session import Session, compiled, unwrap
 from yolo_sophia.optim import SophiaG, SophiaH
@@ -105,10 +105,10 @@ def report_unknown(trainer: BaseTrainer) -> None:
         RuntimeError: It is known, but Ultralytics changed its form.
     """
     model = unwrap(trainer.model)
-    tap = tap_for(model, model.init_criterion())
-    if not tap.known and RANK in {-1, 0}:
+    recorder = recorder_for(model, model.init_criterion())
+    if not recorder.known and RANK in {-1, 0}:
         LOGGER.info(
-            f"{colorstr('SophiaG:')} the likelihood of {type(tap.criterion).__name__} is not known here: the "
+            f"{colorstr('SophiaG:')} the likelihood of {type(recorder.criterion).__name__} is not known here: the "
             "curvature is estimated from signed gradients of the model's outputs (docs/TASKS.md), so tune rho"
         )
 

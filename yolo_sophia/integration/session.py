@@ -28,7 +28,7 @@ from ultralytics.utils import LOGGER, RANK
 from yolo_sophia.curvature import Estimator, Hutchinson
 from yolo_sophia.curvature.noise import noise_seed
 from yolo_sophia.integration.checkpoints import final_eval_whole, save_whole
-from yolo_sophia.integration.criteria import Tap, tap_for
+from yolo_sophia.integration.criteria import Recorder, recorder_for
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.subsample import images_in_part, loss_of_part
 from yolo_sophia.optim.base import SophiaBase
@@ -70,7 +70,7 @@ class Session:
         self.trainer, self.optimizer, self.estimator = trainer, optimizer, estimator
         self.monitor = Monitor(optimizer)
         self._built = [{key: own for key, own in g.items() if key != "params"} for g in optimizer.param_groups]
-        self.tap: Tap | None = None
+        self.tap: Recorder | None = None
         self.largest_scale = math.inf  # for estimates in float16
         self.listening = False  # whether the pass that is under way gives an estimate
         self.skipped = False  # whether memory did not suffice for the one that is staged
@@ -107,7 +107,7 @@ class Session:
 
     def _disarm(self) -> None:
         if self.tap is not None:
-            self.tap.disarm()
+            self.tap.stop()
 
     # The clock ------------------------------------------------------------------------------------------------------
 
@@ -160,8 +160,8 @@ class Session:
             model.criterion = model.init_criterion()
         criterion = getattr(model, "criterion", None)
         if self.tap is None or self.tap.criterion is not criterion:
-            self.tap = tap_for(model, criterion)
-        self.tap.arm()
+            self.tap = recorder_for(model, criterion)
+        self.tap.start()
 
     def _scale(self, original: Callable, loss: Any) -> Any:
         """Between forward and backward pass, outside autocast: estimate through the graph that is there."""

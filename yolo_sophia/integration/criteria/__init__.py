@@ -1,6 +1,7 @@
 """From an Ultralytics criterion to loss terms: which outputs it scores, with which coefficients.
 
-`tap_for` picks the tap of a model's criterion. One that is not known here is no error: `UnknownTap` stands in for it.
+`recorder_for` selects the recorder of a model's criterion. `SignedGradientRecorder` handles every criterion that is not
+known here.
 """
 
 from __future__ import annotations
@@ -9,29 +10,29 @@ from typing import Any
 
 from torch import nn
 
-from yolo_sophia.integration.criteria.detect import DetectionTap
-from yolo_sophia.integration.criteria.model import ClassificationTap, DistillationTap, UnknownTap
-from yolo_sophia.integration.criteria.obb import RotatedTap
-from yolo_sophia.integration.criteria.pose import PoseTap
-from yolo_sophia.integration.criteria.recorder import Joint, Tap
-from yolo_sophia.integration.criteria.segment import SegmentationTap
+from yolo_sophia.integration.criteria.detect import DetectionRecorder
+from yolo_sophia.integration.criteria.model import ClassificationRecorder, DistillationRecorder, SignedGradientRecorder
+from yolo_sophia.integration.criteria.obb import OBBRecorder
+from yolo_sophia.integration.criteria.pose import PoseRecorder
+from yolo_sophia.integration.criteria.recorder import CompositeRecorder, Recorder
+from yolo_sophia.integration.criteria.segment import SegmentationRecorder
 
-__all__ = ["DetectionTap", "Tap", "UnknownTap", "tap_for"]
+__all__ = ["DetectionRecorder", "Recorder", "SignedGradientRecorder", "recorder_for"]
 
 # By name: not every supported version has all of them.
-_KNOWN: dict[str, type[Tap]] = {
-    "v8DetectionLoss": DetectionTap,
-    "v8OBBLoss": RotatedTap,
-    "v8SegmentationLoss": SegmentationTap,
-    "SegmentLoss26": SegmentationTap,
-    "v8PoseLoss": PoseTap,
-    "PoseLoss26": PoseTap,
+_KNOWN: dict[str, type[Recorder]] = {
+    "v8DetectionLoss": DetectionRecorder,
+    "v8OBBLoss": OBBRecorder,
+    "v8SegmentationLoss": SegmentationRecorder,
+    "SegmentLoss26": SegmentationRecorder,
+    "v8PoseLoss": PoseRecorder,
+    "PoseLoss26": PoseRecorder,
 }
 _TWO_HEADS = ("E2EDetectLoss", "E2ELoss")
 
 
-def tap_for(model: nn.Module, criterion: Any) -> Tap:
-    """The tap of a model's loss.
+def recorder_for(model: nn.Module, criterion: Any) -> Recorder:
+    """The recorder of a model's loss.
 
     Args:
         model: The model, bare.
@@ -42,23 +43,25 @@ def tap_for(model: nn.Module, criterion: Any) -> Tap:
     """
     student = getattr(model, "student_model", None)
     if student is not None:
-        inner = tap_for(student, criterion)
-        return Joint(criterion, [(inner, lambda: 1.0), (DistillationTap(criterion, model), lambda: 1.0)])
+        inner = recorder_for(student, criterion)
+        return CompositeRecorder(
+            criterion, [(inner, lambda: 1.0), (DistillationRecorder(criterion, model), lambda: 1.0)]
+        )
     if _name(criterion) == "v8ClassificationLoss":
-        return ClassificationTap(criterion, model)
-    return _tap_on(criterion) or UnknownTap(criterion, model)
+        return ClassificationRecorder(criterion, model)
+    return _from_criterion(criterion) or SignedGradientRecorder(criterion, model)
 
 
-def _tap_on(criterion: Any) -> Tap | None:
-    """The tap that needs the criterion alone, or None where it is not known."""
+def _from_criterion(criterion: Any) -> Recorder | None:
+    """The recorder that needs the criterion alone, or None where it is not known."""
     name = _name(criterion)
     if name in _TWO_HEADS:
-        many, one = _tap_on(criterion.one2many), _tap_on(criterion.one2one)
+        many, one = _from_criterion(criterion.one2many), _from_criterion(criterion.one2one)
         if many is None or one is None:
             return None
         # The weights of E2ELoss move from one head to the other over the epochs; E2EDetectLoss has none.
         weights = (lambda: getattr(criterion, "o2m", 1.0)), (lambda: getattr(criterion, "o2o", 1.0))
-        return Joint(criterion, [*zip((many, one), weights)])
+        return CompositeRecorder(criterion, [*zip((many, one), weights)])
     return _KNOWN[name](criterion) if name in _KNOWN else None
 
 

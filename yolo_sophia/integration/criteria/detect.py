@@ -18,8 +18,8 @@ from torch import Tensor
 
 from yolo_sophia.curvature import Bernoulli, Laplace, LossTerm, Quadratic
 from yolo_sophia.curvature.losses import distribution_focal_loss
-from yolo_sophia.integration.criteria.recorder import Call, Tap
-from yolo_sophia.integration.criteria.rows import quadratic, wide
+from yolo_sophia.integration.criteria.psd_hessian import quadratic, wide
+from yolo_sophia.integration.criteria.recorder import Call, Recorder
 
 _BBOX_LOSS_ARGUMENTS = (
     "pred_dist",
@@ -32,17 +32,17 @@ _BBOX_LOSS_ARGUMENTS = (
 )
 
 
-class DetectionTap(Tap):
-    """Listens to one call of a `v8DetectionLoss`, or of a loss that extends it, and returns its loss terms.
+class DetectionRecorder(Recorder):
+    """Records one call of a `v8DetectionLoss`, or of a loss that extends it.
 
     Args:
         criterion: The criterion of the model that is trained.
 
     Raises:
-        RuntimeError: Ultralytics moved what this class listens to.
+        RuntimeError: The criterion lacks what this class records.
     """
 
-    hears = ("bce", "bbox_loss", "bbox_loss.dfl_loss")
+    recorded_callables = ("bce", "bbox_loss", "bbox_loss.dfl_loss")
 
     def __init__(self, criterion: Any):
         super().__init__(criterion)
@@ -75,7 +75,7 @@ class DetectionTap(Tap):
         """Of the distances to the four sides; none without bins before Ultralytics 8.4.
 
         Args:
-            calls: What was heard.
+            calls: The recorded calls.
             per_anchor: weight B w_i / TSS of the foreground anchors, shape (N,).
         """
         coefficient = self.criterion.hyp.dfl / 4 * per_anchor[:, None]
@@ -87,7 +87,7 @@ class DetectionTap(Tap):
         return distribution_focal_loss(logits, t, coefficient[..., None])
 
     def _boxes(self, calls: dict[str, list[Call]], box: dict[str, Tensor], per_anchor: Tensor) -> Quadratic:
-        """Of the IoU, and of what `_beside_iou` adds to it."""
+        """Of the IoU, and of what `_extra_box_loss` adds to it."""
         mask = box["fg_mask"]
         unit = torch.ones_like(box["target_scores"][..., :1])  # w_i = 1
         rest = self._only(calls, "bbox_loss").args[len(_BBOX_LOSS_ARGUMENTS) :]
@@ -98,12 +98,12 @@ class DetectionTap(Tap):
             boxes = box["pred_bboxes"].detach().to(rows.dtype).index_put((mask,), rows)
             distances = box["pred_dist"].detach().to(rows.dtype)
             iou = self.criterion.bbox_loss(distances, boxes, *fixed)[0]
-            return (self.criterion.hyp.box * iou + self._beside_iou(calls, boxes)) / gain
+            return (self.criterion.hyp.box * iou + self._extra_box_loss(calls, boxes)) / gain
 
         with torch.enable_grad():
             output = box["pred_bboxes"][mask]
         return quadratic(output, gain * per_anchor, loss)
 
-    def _beside_iou(self, calls: dict[str, list[Call]], boxes: Tensor) -> Tensor | float:
+    def _extra_box_loss(self, calls: dict[str, list[Call]], boxes: Tensor) -> Tensor | float:
         """Another loss of the decoded boxes, shape (B, A, ...), with its gain and w_i / TSS = 1."""
         return 0.0

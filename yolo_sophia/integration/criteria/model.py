@@ -1,7 +1,7 @@
-"""Taps on a whole model: classification, distillation, and losses that are not known here.
+"""Recorders of a model: classification, distillation, and losses that are not known here.
 
-The rule: `model.loss` is what every version's trainer calls, with or without predictions, so that is listened to; its
-value is this process's own, before the trainer multiplies it by the number of processes.
+`model.loss` is recorded, because the trainer of every version calls it, with or without predictions. Its value is that
+of this process, before the trainer multiplies it by the number of processes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from yolo_sophia.curvature import Gaussian, LossTerm, sign_randomised
 from yolo_sophia.curvature.losses import cross_entropy
-from yolo_sophia.integration.criteria.recorder import Call, Tap
-from yolo_sophia.integration.criteria.rows import wide
+from yolo_sophia.integration.criteria.psd_hessian import wide
+from yolo_sophia.integration.criteria.recorder import Call, Recorder
 
 
-class ClassificationTap(Tap):
+class ClassificationRecorder(Recorder):
     """v8ClassificationLoss: the mean cross-entropy of B images, (1 / B) sum CE -> Categorical.
 
     Args:
@@ -26,14 +26,14 @@ class ClassificationTap(Tap):
         owner: The model.
     """
 
-    hears = ("loss",)
+    recorded_callables = ("loss",)
 
     def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:
         ((logits, labels),) = self._only(calls, "loss").inner
         return cross_entropy(logits, labels)
 
 
-class DistillationTap(Tap):
+class DistillationRecorder(Recorder):
     """The loss that draws the student's features to the teacher's (nn/distill_model.py, `loss_sl2`).
 
     dis B sum s_p / (C sum s) (f - t)^2 over C channels and positions p, s_p the teacher's score -> Gaussian.
@@ -43,7 +43,7 @@ class DistillationTap(Tap):
         owner: The model that holds student and teacher.
     """
 
-    hears = ("loss_sl2",)
+    recorded_callables = ("loss_sl2",)
 
     @torch.no_grad()
     def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:
@@ -57,7 +57,7 @@ class DistillationTap(Tap):
         return terms
 
 
-class UnknownTap(Tap):
+class SignedGradientRecorder(Recorder):
     """Any loss: each output of the model's last layer, with the gradient of the loss and a random sign per element.
 
     This is an empirical Gauss-Newton diagonal: true labels, no cross terms between outputs. The coefficients of the
@@ -69,7 +69,7 @@ class UnknownTap(Tap):
         owner: The model.
     """
 
-    hears = ("loss",)
+    recorded_callables = ("loss",)
     known = False
 
     def __init__(self, criterion: Any, owner: nn.Module):
@@ -78,9 +78,9 @@ class UnknownTap(Tap):
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []
 
-    def arm(self) -> None:
-        """Listen to the loss and to the last layer."""
-        super().arm()
+    def start(self) -> None:
+        """Record the loss and the last layer."""
+        super().start()
         head = self.owner.model[-1]
         self._hooks = [
             # Before the layer runs: that of Ultralytics 8.3 writes its outputs into the list of its inputs.
@@ -88,20 +88,20 @@ class UnknownTap(Tap):
             head.register_forward_hook(lambda _, args, output: self._outputs.extend(_tensors(output))),
         ]
 
-    def disarm(self) -> None:
-        """End the listening."""
-        super().disarm()
+    def stop(self) -> None:
+        """Stop the recording."""
+        super().stop()
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._inputs, self._outputs = [], [], []
 
     def terms(self, weight: float = 1.0) -> list[LossTerm]:
-        """Terms of the pass that was listened to; see `Tap.terms`."""
+        """Terms of the recorded pass; see `Recorder.terms`."""
         calls = self._calls.get("loss", [])
         # The features that a head hands on beside its outputs are inputs of theirs: they would count twice.
         inputs = {id(x) for x in self._inputs}
         outputs = [x for x in {id(x): x for x in self._outputs}.values() if x.requires_grad and id(x) not in inputs]
-        self.disarm()
+        self.stop()
         if not calls or not outputs:
             raise RuntimeError(
                 f"{type(self.owner).__name__} was trained without its `loss`, or its last layer gave no output with a "

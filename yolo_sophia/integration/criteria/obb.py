@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from yolo_sophia.integration.criteria.detect import DetectionTap
+from yolo_sophia.integration.criteria.detect import DetectionRecorder
 from yolo_sophia.integration.criteria.recorder import Call
 
 
-class RotatedTap(DetectionTap):
-    """Listens to a `v8OBBLoss`."""
+class OBBRecorder(DetectionRecorder):
+    """Records a `v8OBBLoss`."""
 
-    hears = (*DetectionTap.hears, "calculate_angle_loss")
+    recorded_callables = (*DetectionRecorder.recorded_callables, "calculate_angle_loss")
 
-    def _beside_iou(self, calls: dict[str, list[Call]], boxes: Tensor) -> Tensor | float:
+    def _extra_box_loss(self, calls: dict[str, list[Call]], boxes: Tensor) -> Tensor | float:
         if not calls.get("calculate_angle_loss"):
             return 0.0
         _, targets, mask, weights, _ = self._only(calls, "calculate_angle_loss").args

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from yolo_sophia.curvature import Bernoulli, LossTerm, Quadratic
-from yolo_sophia.integration.criteria.detect import DetectionTap
+from yolo_sophia.integration.criteria.detect import DetectionRecorder
+from yolo_sophia.integration.criteria.psd_hessian import quadratic, wide
 from yolo_sophia.integration.criteria.recorder import Call
-from yolo_sophia.integration.criteria.rows import quadratic, wide
 
 
-class PoseTap(DetectionTap):
-    """Listens to a `v8PoseLoss`."""
+class PoseRecorder(DetectionRecorder):
+    """Records a `v8PoseLoss`."""
 
-    hears = (*DetectionTap.hears, "keypoint_loss", "bce_pose", "rle_loss")
+    recorded_callables = (*DetectionRecorder.recorded_callables, "keypoint_loss", "bce_pose", "rle_loss")
 
     @torch.no_grad()
     def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:

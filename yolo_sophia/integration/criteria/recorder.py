@@ -1,9 +1,9 @@
-"""Listening to a criterion for one forward pass.
+"""Records the calls inside a criterion during one forward pass.
 
-The rule: nothing is computed twice and nothing is guessed. The criterion's own callables are wrapped for one call, so
-the assignment, the normaliser and the very tensors of the graph are those of the real loss. Inside such a callable the
-calls of `torch.nn.functional` losses are overheard as well: that is where a mask's logits exist, and nowhere else.
-Criteria have kept these callables from Ultralytics 8.3.0 on, while their own signatures changed.
+The criterion's own callables are wrapped for one call, so the assignment, the normaliser and the tensors of the graph
+are those of the real loss. Calls of `torch.nn.functional` losses inside a wrapped callable are recorded as well: a
+mask's logits exist only there. The names of these callables are the same from Ultralytics 8.3.0 on, while the
+signatures of the criteria changed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from yolo_sophia.curvature import LossTerm
 
-_OVERHEARD = (F.binary_cross_entropy_with_logits, F.cross_entropy, F.l1_loss, F.mse_loss)
+_RECORDED_FUNCTIONS = (F.binary_cross_entropy_with_logits, F.cross_entropy, F.l1_loss, F.mse_loss)
 
 
 @dataclass
 class Call:
-    """One call of a callable that was listened to.
+    """One recorded call of a callable.
 
     Attributes:
         args: Positional arguments.
@@ -38,27 +38,27 @@ class Call:
     inner: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
-class _Overhear(TorchFunctionMode):
-    def __init__(self, heard: list[tuple[Tensor, Tensor]]):
+class _LossFunctionRecorder(TorchFunctionMode):
+    def __init__(self, recorded: list[tuple[Tensor, Tensor]]):
         super().__init__()
-        self.heard = heard
+        self.recorded = recorded
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _OVERHEARD:
-            self.heard.append(args[:2])
+        if func in _RECORDED_FUNCTIONS:
+            self.recorded.append(args[:2])
         return func(*args, **(kwargs or {}))
 
 
-class _Recorder:
-    """In the place of a callable, for everybody who calls it or reads its attributes."""
+class _RecordedCallable:
+    """Stands in for a callable; attributes are those of the original."""
 
     def __init__(self, original: Callable, calls: list[Call]):
-        self._original, self._heard = original, calls
+        self._original, self._calls_made = original, calls
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = Call(args, kwargs)
-        self._heard.append(call)
-        with _Overhear(call.inner):
+        self._calls_made.append(call)
+        with _LossFunctionRecorder(call.inner):
             call.result = self._original(*args, **kwargs)
         return call.result
 
@@ -66,19 +66,20 @@ class _Recorder:
         return getattr(self._original, name)
 
 
-class Tap:
-    """Listens to one call of a criterion and returns its loss terms.
+class Recorder:
+    """Records one call of a criterion and returns its loss terms.
 
     Args:
         criterion: The criterion.
-        owner: What the callables in `hears` are looked up on, if it is not the criterion.
+        owner: What the callables in `recorded_callables` are looked up on, if it is not the criterion.
 
     Attributes:
-        hears: Callables to listen to, by dotted path; one that this version or model does not have is left out.
+        recorded_callables: Callables to record, by dotted path. Those that this version or model lacks are left
+            out.
         known: Whether the terms are the criterion's own, and not signed gradients that stand for them.
     """
 
-    hears: ClassVar[tuple[str, ...]] = ()
+    recorded_callables: ClassVar[tuple[str, ...]] = ()
     known: bool = True
 
     def __init__(self, criterion: Any, owner: Any = None):
@@ -88,19 +89,19 @@ class Tap:
         self._calls: dict[str, list[Call]] = {}
 
     @property
-    def armed(self) -> bool:
-        """Whether it listens."""
+    def recording(self) -> bool:
+        """Whether it is recording."""
         return bool(self._wrapped)
 
-    def arm(self) -> None:
-        """Listen to the next call; forget an earlier one."""
-        self.disarm()
-        found = [(path, *self._find(path)) for path in self.hears]  # all of them before any is wrapped
+    def start(self) -> None:
+        """Record the next call, and discard an earlier one."""
+        self.stop()
+        found = [(path, *self._find(path)) for path in self.recorded_callables]  # all of them before any is wrapped
         for path, owner, name, original in found:
             if original is not None:
                 # In the instance's own attributes, before those of a module and of the class.
                 self._wrapped.append((owner, name, (vars(owner)[name],) if name in vars(owner) else ()))
-                vars(owner)[name] = _Recorder(original, self._calls.setdefault(path, []))
+                vars(owner)[name] = _RecordedCallable(original, self._calls.setdefault(path, []))
 
     def _find(self, path: str) -> tuple[Any, str, Callable | None]:
         *parents, name = path.split(".")
@@ -109,8 +110,8 @@ class Tap:
             owner = getattr(owner, parent, None)
         return owner, name, getattr(owner, name, None)
 
-    def disarm(self) -> None:
-        """Give the criterion its own callables back, and forget what was heard: it holds the graph."""
+    def stop(self) -> None:
+        """Restore the criterion's own callables, and discard the recorded calls, which hold the graph."""
         for owner, name, own in reversed(self._wrapped):
             if own:
                 vars(owner)[name] = own[0]
@@ -119,7 +120,7 @@ class Tap:
         self._wrapped, self._calls = [], {}
 
     def terms(self, weight: float = 1.0) -> list[LossTerm]:
-        """Loss terms of the call that was listened to, their outputs in its graph; ends the listening.
+        """Loss terms of the recorded call, their outputs in its graph. Stops the recording.
 
         Args:
             weight: Factor of this criterion in the loss that is trained.
@@ -128,7 +129,7 @@ class Tap:
             RuntimeError: The criterion was not called, or in a way that is not known here.
         """
         calls = self._calls
-        self.disarm()
+        self.stop()
         # Not those of detached features (the second head's prototypes) or behind frozen layers.
         return [term for term in self._read(calls, weight) if term.output.requires_grad]
 
@@ -147,34 +148,35 @@ class Tap:
         return found[0]
 
 
-class Joint(Tap):
-    """Several taps heard in the same pass, such as those of a model with two heads.
+class CompositeRecorder(Recorder):
+    """Several recorders of the same pass, such as those of a model with two heads.
 
     Args:
         criterion: The criterion that the model holds.
-        parts: Pairs of a tap and a callable that gives its weight when the terms are read: it may change every epoch.
+        parts: Pairs of a recorder and a callable that returns its weight when the terms are read; the weight may change
+            every epoch.
     """
 
-    def __init__(self, criterion: Any, parts: Sequence[tuple[Tap, Callable[[], float]]]):
+    def __init__(self, criterion: Any, parts: Sequence[tuple[Recorder, Callable[[], float]]]):
         super().__init__(criterion)
         self.parts = parts
-        self.known = all(tap.known for tap, _ in parts)
+        self.known = all(recorder.known for recorder, _ in parts)
 
     @property
-    def armed(self) -> bool:
-        """Whether it listens."""
-        return any(tap.armed for tap, _ in self.parts)
+    def recording(self) -> bool:
+        """Whether it is recording."""
+        return any(recorder.recording for recorder, _ in self.parts)
 
-    def arm(self) -> None:
-        """Listen to the next call with every part."""
-        for tap, _ in self.parts:
-            tap.arm()
+    def start(self) -> None:
+        """Start every part."""
+        for recorder, _ in self.parts:
+            recorder.start()
 
-    def disarm(self) -> None:
-        """End the listening of every part."""
-        for tap, _ in self.parts:
-            tap.disarm()
+    def stop(self) -> None:
+        """Stop every part."""
+        for recorder, _ in self.parts:
+            recorder.stop()
 
     def terms(self, weight: float = 1.0) -> list[LossTerm]:
-        """Terms of all parts, each with its weight; see `Tap.terms`."""
-        return [term for tap, own in self.parts for term in tap.terms(weight * own())]
+        """Terms of all parts, each with its weight; see `Recorder.terms`."""
+        return [term for recorder, own in self.parts for term in recorder.terms(weight * own())]

@@ -2,7 +2,7 @@
 
     masks     sum  (box B / (N H W area_i)) BCE over the pixels in the box of anchor i  -> Bernoulli
     semantic  (box B weight_bce / pixels) BCE (YOLO26)                                   -> Bernoulli
-A mask's logits are coefficients times prototypes; they are heard where the loss takes them, one tensor per image, so
+A mask's logits are coefficients times prototypes; they are recorded where the loss takes them, one tensor per image, so
 the pull-back goes through both. The Dice loss beside the semantic BCE ties all pixels of an image and is no likelihood:
 it is left out, and the BCE of the same logits is their curvature.
 """
@@ -12,15 +12,15 @@ from __future__ import annotations
 import torch
 
 from yolo_sophia.curvature import Bernoulli, LossTerm
-from yolo_sophia.integration.criteria.detect import DetectionTap
+from yolo_sophia.integration.criteria.detect import DetectionRecorder
+from yolo_sophia.integration.criteria.psd_hessian import wide
 from yolo_sophia.integration.criteria.recorder import Call
-from yolo_sophia.integration.criteria.rows import wide
 
 
-class SegmentationTap(DetectionTap):
-    """Listens to a `v8SegmentationLoss`."""
+class SegmentationRecorder(DetectionRecorder):
+    """Records a `v8SegmentationLoss`."""
 
-    hears = (*DetectionTap.hears, "single_mask_loss", "bcedice_loss")
+    recorded_callables = (*DetectionRecorder.recorded_callables, "single_mask_loss", "bcedice_loss")
 
     @torch.no_grad()
     def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:

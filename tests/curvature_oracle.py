@@ -7,7 +7,7 @@ full Jacobians of the head's raw outputs, and compared with the mean of many est
 The rule: the exact side takes nothing from `yolo_sophia`; the estimated side takes its terms and its samples from
 nowhere else. The formula itself is checked: the loss it gives must equal the criterion's.
 
-    python scripts/verify_curvature.py [--samples 20000] [--seed 0]
+    python tests/curvature_oracle.py [--samples 20000] [--seed 0]
 
 Exits with 1 if the estimate's sum over a parameter tensor is not within 5 % of the exact one, or overall within 3 %.
 """
@@ -42,7 +42,7 @@ from yolo_sophia.curvature import (
     LossTerm,
     Quadratic,
 )
-from yolo_sophia.integration.criteria import DetectionTap, UnknownTap
+from yolo_sophia.integration.criteria import DetectionRecorder, SignedGradientRecorder
 
 SIZE, IMAGES, CLASSES, BINS = 48, 3, 3, 4
 GAINS = {"box": 7.5, "cls": 0.5, "dfl": 1.5}
@@ -127,14 +127,14 @@ class Pass:
 
 
 def forward(model: DetectionModel, batch: dict[str, Tensor]) -> Pass:
-    """Run the model and its criterion once, listening with `DetectionTap`."""
+    """Run the model and its criterion once, listening with `DetectionRecorder`."""
     criterion = model.init_criterion()
-    tap = DetectionTap(criterion)
+    recorder = DetectionRecorder(criterion)
     preds = model(batch["img"])
-    tap.arm()
+    recorder.start()
     loss = criterion(preds, batch)[0].sum()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and ".dfl." not in name]
-    terms = dict(zip(("cls", "dfl", "ciou"), tap.terms()))
+    terms = dict(zip(("cls", "dfl", "ciou"), recorder.terms()))
     return Pass(model, criterion, preds, loss, terms, *map(list, zip(*named)))
 
 
@@ -473,10 +473,10 @@ def check_case(name: str, run: Pass, exact: dict[str, Tensor], samples: int, see
 def mean_of_the_unknown(run: Pass, batch: dict[str, Tensor], samples: int = 500) -> Tensor:
     """Mean of estimates as if the criterion were not known, flat over the parameters."""
     run.model.criterion = run.criterion
-    tap = UnknownTap(run.criterion, run.model)
-    tap.arm()
+    recorder = SignedGradientRecorder(run.criterion, run.model)
+    recorder.start()
     run.model(batch)
-    terms, generator = tap.terms(), Generator().manual_seed(0)
+    terms, generator = recorder.terms(), Generator().manual_seed(0)
     estimates = (GaussNewtonBartlett()(terms, run.params, generator) for _ in range(samples))
     return sum(flatten(estimate, run.params) for estimate in estimates) / samples
 
