@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 OLDEST ?= ultralytics==8.3.0 numpy==1.26.4 pandas==2.2.3 matplotlib==3.9.4 scipy==1.13.1 contourpy==1.2.1 \
           seaborn==0.13.2 tqdm py-cpuinfo opencv-python==4.11.0.86 pytz tzdata
+DOCS ?= mkdocs==1.6.1 mkdocs-material==9.8.2
 BUILD ?= build==1.6.1 hatchling==1.33.0 twine==7.0.0
 BIN = $(VENV)/bin
 SITE = $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
@@ -13,7 +14,7 @@ SITE = $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 IN_BETWEEN ?= 8.3.150 8.4.50
 COMPAT = python -m pytest -q -m compat
 
-.PHONY: demo test test-long test-versions unit test-newest test-oldest lint dist clean
+.PHONY: demo test test-long test-versions unit test-newest test-oldest lint docs dist clean
 
 demo: $(VENV)/installed ## train YOLOv8n with SophiaG on a generated data set
 	$(BIN)/yolo train model=yolov8n.yaml data=configs/data/shapes.yaml imgsz=160 epochs=20 batch=16 nbs=16 \
@@ -46,6 +47,14 @@ test-long: $(VENV)/tested $(VENV)-oldest/tested ## what CI has no time for
 lint: $(VENV)/tested
 	$(BIN)/pip install -q ruff==0.17.6
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+docs: $(VENV)-docs/installed ## the documentation as a site in site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict -f .ci/mkdocs.yml
+
+$(VENV)-docs/installed: Makefile
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install -q $(DOCS)
+	touch $@
 
 dist: $(VENV)/installed $(VENV)-dist/tools ## wheel and sdist, checked, and each installed on its own to train from
 	rm -rf dist
@@ -87,4 +96,4 @@ $(VENV)-8.%/tested: $(VENV)/tested
 .PRECIOUS: $(VENV)-8.%/tested
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-dist $(VENV)-8.* runs dist
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-dist $(VENV)-docs $(VENV)-8.* runs dist site

@@ -184,9 +184,7 @@ def columns(trials: Trials) -> str:
     path = Path(need(trials.interrupted).save_dir, "results.csv")
     header, row = (line.split(",") for line in path.read_text(encoding="utf-8").splitlines())
     figures = {key.strip(): value for key, value in zip(header, row) if key.strip().startswith("sophia/")}
-    expect(
-        f"columns {sorted(figures)}", {"sophia/rho", "sophia/clip_fraction"} <= set(figures), "those of docs/GUIDE.md"
-    )
+    expect(f"columns {sorted(figures)}", {"sophia/rho", "sophia/clip_fraction"} <= set(figures), "those of the guide")
     expect(f"rho={figures['sophia/rho']}", float(figures["sophia/rho"]) > 0, "a number > 0")
     return f"{len(figures)} columns of Sophia's among {len(header)}"
 
