@@ -75,3 +75,34 @@ def functions() -> dict[str, set[str]]:
 @pytest.mark.parametrize(("name", "lines"), [("README.md", 120), ("docs/ARCHITECTURE.md", 120)])
 def test_length(name, lines):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= lines
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_the_training_loops_of_the_guide_run():
+    names: dict = {}
+    for block in blocks(ROOT / "docs/guide/own-pytorch-loop.md", "python"):
+        if "accelerator" not in block:  # needs a package of its own
+            exec(block, names)
+            state = names["optimizer"].state[next(names["model"].parameters())]
+            assert state["hessian"].abs().sum() > 0
+
+
+def commands() -> list[str]:
+    """Every `yolo` and `yolo-sophia` command of README and docs, as one line each."""
+    text = "\n".join(block for path in DOCUMENTS for block in blocks(path, "bash")).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.startswith(("yolo train", "yolo-sophia"))]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_arguments_of_commands_exist(line):
+    ultralytics = pytest.importorskip("ultralytics.utils")
+    from yolo_sophia.compare.plan import KEYS as COMPARE
+    from yolo_sophia.tune.plan import KEYS as TUNE
+
+    keys = set(re.findall(r"(?:^|\s)(\w+)=", line))
+    own = {"compare": COMPARE, "tune": TUNE}.get(line.split()[1], {})
+    assert keys <= {*ultralytics.DEFAULT_CFG_DICT, *own}
