@@ -17,10 +17,11 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "autoload": {"integration"},
     "shapes": set(),
     "integration": {"atomic", "optim", "curvature", "presets", "autoload", "shapes", "integration"},
-    "runs": {"atomic", "integration", "runs", "compare"},
+    "search_space": set(),
+    "runs": {"atomic", "presets", "yaml_io", "integration", "runs"},
     "report": {"atomic", "runs", "report"},
-    "compare": {"atomic", "presets", "integration", "runs", "report", "yaml_io", "compare"},
-    "tune": {"atomic", "presets", "integration", "runs", "report", "compare", "tune"},
+    "compare": {"atomic", "presets", "integration", "runs", "report", "search_space", "yaml_io", "compare"},
+    "tune": {"atomic", "presets", "integration", "runs", "report", "search_space", "compare", "tune"},
     "cli": {"optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},
     "": {"optim", "autoload", "tune"},  # __init__.py
 }

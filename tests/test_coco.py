@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from yolo_sophia.compare.plan import make_run, parse
+from yolo_sophia.compare.plan import parse
 from yolo_sophia.runs import coco_metrics as coco_runs
 from yolo_sophia.runs.coco import METRICS, Image, evaluate, evaluator, from_file, from_labels, image_id, read_labels
 from yolo_sophia.runs.results import RunResult
+from yolo_sophia.runs.run import make_run
 
 ROOT = Path(__file__).parent.parent
 EVALUATORS = {"faster-coco-eval": "faster_coco_eval", "pycocotools": "pycocotools"}

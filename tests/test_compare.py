@@ -35,13 +35,14 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG
 
 from yolo_sophia import cli
-from yolo_sophia.compare.plan import Run, make_run, parse, runs
+from yolo_sophia.compare.plan import parse, runs
 from yolo_sophia.integration import recalibration
 from yolo_sophia.integration.recalibration import recalibrate_before_validation
 from yolo_sophia.presets import load_preset
 from yolo_sophia.runs import scheduler as execute
 from yolo_sophia.runs import worker
 from yolo_sophia.runs.results import MAP50_95
+from yolo_sophia.runs.run import Run, make_run
 from yolo_sophia.runs.scheduler import FAILURE
 from yolo_sophia.runs.worker import BUSY, CHECKPOINT, CURVE, RECEIPT, Recorder, read_curve
 

@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 from yolo_sophia import cli
-from yolo_sophia.compare.plan import KEYS, Plan, build, data_name, make_run, parse, runs
-from yolo_sophia.compare.spaces import OTHERS, SPACES, space_of
+from yolo_sophia.compare.plan import KEYS, Plan, build, parse, runs
 from yolo_sophia.compare.tuning import TRIAL_SEED, choose, halton, settings, trial_runs
 from yolo_sophia.compare.view import plan_yaml
 from yolo_sophia.runs.progress import duration, eta_seconds
 from yolo_sophia.runs.results import MAP50_95, RunResult
+from yolo_sophia.runs.run import data_name, make_run
 from yolo_sophia.runs.scheduler import Progress, last_lines
+from yolo_sophia.search_space import OTHERS, SPACES, space_of
 
 BASE = {"data": "sets/bccd/data.yaml", "model": "yolov8n.pt", "optimizers": "SophiaG,AdamW"}
 

@@ -27,7 +27,7 @@ from yolo_sophia.compare import figures, report, view
 from yolo_sophia.compare import plan as planning
 from yolo_sophia.compare.plan import Arm, Plan, runs
 from yolo_sophia.compare.report import Search, write_report
-from yolo_sophia.compare.score import cost_ratio
+from yolo_sophia.compare.score import Curve, cost_ratio
 from yolo_sophia.compare.tables import DASH, INFINITY, TIMES
 from yolo_sophia.compare.verdict import difference_verdict, final_difference, horizon_score, horizon_verdict, verdict
 from yolo_sophia.report import document as page
@@ -192,7 +192,7 @@ def test_main_table(whole):
 
 def test_verdict_comes_first_and_says_what_was_shown(whole):
     out, _, results, shown = whole
-    curves = [result.curve() for result in results]
+    curves = [Curve.of(result) for result in results]
     scores = [horizon_score(curves, arm, "AdamW", "bccd") for arm in ("SophiaG", "AdamW")]
     sentences = [
         verdict(cost_ratio(curves, "SophiaG", "AdamW", "bccd")),

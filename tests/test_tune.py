@@ -27,14 +27,14 @@ from ultralytics.cfg import get_cfg
 from ultralytics.engine.tuner import Tuner
 
 from yolo_sophia import cli, tune_space
-from yolo_sophia.compare.plan import data_name
-from yolo_sophia.compare.spaces import Range, merged
 from yolo_sophia.compare.tuning import TRIAL_SEED
 from yolo_sophia.integration.arguments import OPTIMIZERS, judge, resolve
 from yolo_sophia.presets import KNOBS, load_preset
 from yolo_sophia.runs.results import MAP50_95
+from yolo_sophia.runs.run import data_name
 from yolo_sophia.runs.scheduler import Progress, folder_of
 from yolo_sophia.runs.worker import CHECKPOINT, CURVE, RECEIPT, read_curve
+from yolo_sophia.search_space import Range, merged
 from yolo_sophia.tune import attempt, command
 from yolo_sophia.tune.plan import SAMPLERS, TunePlan, parse, plan_yaml
 from yolo_sophia.tune.report import compose, write_report

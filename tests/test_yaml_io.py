@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from yolo_sophia import yaml_io as reading
-from yolo_sophia.compare.plan import as_name, check_name, parse
+from yolo_sophia.compare.plan import parse
 from yolo_sophia.presets import preset_directory
+from yolo_sophia.runs.run import as_name, check_name
 from yolo_sophia.yaml_io import parse_yaml, read_yaml
 
 CHAIN = "\n".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 'x'}]" for i in range(200))

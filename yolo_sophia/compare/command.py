@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare.plan import KEYS, Plan, Run, parse, runs
+from yolo_sophia.compare.plan import KEYS, Plan, parse, runs
 from yolo_sophia.compare.tuning import Search, choose, trial_runs
 from yolo_sophia.compare.view import plan_yaml
 from yolo_sophia.runs.progress import showing
 from yolo_sophia.runs.results import load
+from yolo_sophia.runs.run import Run
 from yolo_sophia.runs.scheduler import Progress, execute
 
 

@@ -10,10 +10,11 @@ import math
 import os
 from collections.abc import Sequence
 
-from yolo_sophia.compare.plan import Plan, Run, data_name, runs
-from yolo_sophia.compare.spaces import space_of
+from yolo_sophia.compare.plan import Plan, runs
 from yolo_sophia.compare.tuning import trial_runs
 from yolo_sophia.runs.progress import duration
+from yolo_sophia.runs.run import Run, data_name
+from yolo_sophia.search_space import space_of
 
 GFLOPS_640 = {"n": 8.7, "s": 28.6, "m": 78.9, "l": 165.2, "x": 257.8}
 """Forward pass of YOLOv8 per image at 640 px, as Ultralytics' documentation lists them."""

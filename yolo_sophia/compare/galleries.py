@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from yolo_sophia.compare import figures
 from yolo_sophia.compare.figures import AXES_LABELS, Series
-from yolo_sophia.compare.score import AXES, cost_to_target
+from yolo_sophia.compare.score import AXES, Curve, cost_to_target
 from yolo_sophia.compare.tables import duration, ratio_text
 from yolo_sophia.compare.verdict import horizon_score, profiles
 from yolo_sophia.compare.view import View
@@ -88,7 +88,7 @@ def target_bars(view: View, data: str) -> list[Picture]:
         words = []
         for arm, style in styles(view).items():
             summary = view.summary(arm, data)
-            costs = [cost_to_target(result.curve(), target, axis) for result in view.of_arm(arm, data)]
+            costs = [cost_to_target(Curve.of(result), target, axis) for result in view.of_arm(arm, data)]
             middle = summary.cost[axis] if summary else None
             rows.append((style, costs, middle))
             text = "not run" if middle is None else "missed" if math.isinf(middle) else f"{middle:,.0f}"

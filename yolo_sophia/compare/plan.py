@@ -6,8 +6,6 @@ under the same names, so that finished ones are found again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from yolo_sophia.presets import suggestion
+from yolo_sophia.runs.run import Run, check_name, data_name, make_run
 from yolo_sophia.yaml_io import is_file, parse_yaml, read_yaml
 
 
@@ -25,31 +24,6 @@ class Arm:
 
     name: str
     arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        key: Name of its folder; follows from the other fields.
-        arm: Name of the arm.
-        data: Data YAML.
-        seed: Ultralytics' seed: initial weights, data order and augmentation follow from it.
-        horizon: Fraction of the plan's epochs that its schedule is planned for.
-        arguments: All Ultralytics arguments, the arm's and the seed included.
-        bn_recalibrate: Whether BatchNorm statistics are recalibrated before each validation.
-        restart: Whether a cut training begins anew instead of from its last checkpoint; no part of the key.
-    """
-
-    key: str
-    arm: str
-    data: str
-    seed: int
-    horizon: float
-    arguments: Mapping[str, Any]
-    bn_recalibrate: bool = False
-    restart: bool = False
 
 
 @dataclass(frozen=True)
@@ -422,43 +396,3 @@ def runs(plan: Plan, tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None =
                     run = make_run(arm.name, data, seed, horizon, arguments, plan.bn_recalibrate)
                     made.append(replace(run, restart=plan.cut_runs == "restart"))
     return made
-
-
-def make_run(arm: str, data: str, seed: int, horizon: float, arguments: Mapping[str, Any], bn_recalibrate: bool) -> Run:
-    """A run with its key: readable, and another one whenever an argument differs."""
-    content = json.dumps([dict(arguments), bn_recalibrate], sort_keys=True, default=str)
-    digest = hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
-    key = f"{data_name(data)}-{arm}-s{seed}-h{horizon:g}-{digest}"
-    return Run(key, arm, data, seed, horizon, MappingProxyType(dict(arguments)), bn_recalibrate)
-
-
-def check_name(what: str, name: str) -> None:
-    """Refuse what does not name one folder inside another, on Windows too.
-
-    Raises:
-        ValueError: It does not.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._+-]{0,62}[A-Za-z0-9_+-])?", name) or _is_reserved(name):
-        raise ValueError(
-            f"{what}{name!r}: expected letters, digits and . _ + - (at most 64, a letter or digit first, no dot last, "
-            "no name that Windows reserves, such as CON): it names a folder."
-        )
-
-
-def _is_reserved(name: str) -> bool:
-    return bool(re.fullmatch(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?", name, re.IGNORECASE))
-
-
-def data_name(data: str) -> str:
-    """A short name of a data YAML that can name a folder."""
-    path = Path(data)
-    name = path.parent.name if path.stem == "data" and path.parent.name else path.stem
-    return as_name(name.replace("+", "_"))
-
-
-def as_name(text: str, longest: int = 64) -> str:
-    """A text as a name of a folder: other characters become _, and a long one ends in a digest of the whole."""
-    name = re.sub(r"[^A-Za-z0-9._+-]|\.$", "_", text)
-    if len(name) > longest:
-        name = f"{name[: longest - 9]}-{hashlib.blake2b(text.encode(errors='replace'), digest_size=4).hexdigest()}"
-    return f"_{name}" if not name or _is_reserved(name) else name

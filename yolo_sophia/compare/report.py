@@ -12,12 +12,13 @@ from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare import headline, sections, tables
-from yolo_sophia.compare.plan import Plan, data_name
+from yolo_sophia.compare.plan import Plan
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.compare.view import View, plan_yaml
 from yolo_sophia.report.document import Code, Document, Section, Text, pictures, to_html
 from yolo_sophia.report.markdown import to_markdown
 from yolo_sophia.runs.results import RunResult
+from yolo_sophia.runs.run import data_name
 
 HTML, MARKDOWN, CSV, FIGURES = "report.html", "report.md", "results.csv", "figures"
 READING = (

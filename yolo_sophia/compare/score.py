@@ -13,6 +13,9 @@ from statistics import fmean, median, median_low, stdev
 
 import numpy as np
 
+from yolo_sophia.runs.results import MAP50, MAP50_95, RunResult
+from yolo_sophia.runs.run import data_name
+
 AXES = ("steps", "images", "seconds")
 METRICS = ("map50_95", "map50")
 FULL = 1.0  # the horizon of a run over all of T
@@ -71,6 +74,24 @@ class Curve:
                         raise ValueError(f"{name}: {column} must not fall; epoch {epoch} has {value} after {before}.")
                 elif math.isfinite(value) and not 0 <= value <= 1:
                     raise ValueError(f"{name}: {column} is a fraction from 0 to 1; epoch {epoch} has {value}.")
+
+    @classmethod
+    def of(cls, result: RunResult) -> Curve:
+        """The curve of a run that has ended."""
+
+        def column(name: str) -> tuple[float, ...]:
+            return tuple(math.nan if row.get(name) is None else row[name] for row in result.rows)
+
+        return cls(
+            arm=result.run.arm,
+            data=data_name(result.run.data),
+            seed=result.run.seed,
+            horizon=result.run.horizon,
+            **{axis: column(axis) for axis in AXES},
+            map50_95=column(MAP50_95),
+            map50=column(MAP50),
+            failed=result.receipt is None,
+        )
 
     @property
     def diverged(self) -> bool:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from yolo_sophia.compare import galleries, headline, tables
-from yolo_sophia.compare.plan import data_name
-from yolo_sophia.compare.score import AXES, FULL, cost_to_target
+from yolo_sophia.compare.score import AXES, FULL, Curve, cost_to_target
 from yolo_sophia.compare.tables import DASH, count, duration, scalar
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.compare.view import View
 from yolo_sophia.report.document import Block, Cell, Code, Fold, Gallery, Split, Table, Text
 from yolo_sophia.runs import environment as machine
+from yolo_sophia.runs.run import data_name
 
 BATCH_NORM = {
     True: "BatchNorm: running statistics were recalibrated on training images before each validation, in every arm.",
@@ -126,7 +126,7 @@ def runs(view: View) -> list[Block]:
     rows = []
     for result in view.results:
         curve, run, target = (
-            result.curve() if result.ended else None,
+            Curve.of(result) if result.ended else None,
             result.run,
             view.target(data_name(result.run.data)),
         )

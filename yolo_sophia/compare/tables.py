@@ -11,12 +11,12 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from yolo_sophia.compare.plan import data_name
 from yolo_sophia.compare.score import AXES, FULL, Mean, Ratio, Summary, mean
 from yolo_sophia.compare.verdict import horizon_score
 from yolo_sophia.compare.view import View
 from yolo_sophia.report.document import PLUS_MINUS, Cell, Table
 from yolo_sophia.runs.results import RunResult
+from yolo_sophia.runs.run import data_name
 
 DASH, TIMES, INFINITY = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{INFINITY}"
 OF_A_RUN = ("seed", "data", "epochs", "name", "project", "save_dir", "resume")  # arguments that say nothing of an arm

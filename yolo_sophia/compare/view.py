@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from yolo_sophia.compare.plan import Plan, data_name
+from yolo_sophia.compare.plan import Plan
 from yolo_sophia.compare.score import FULL, Curve, Ratio, Summary, cost_ratio, goal, summarize
 from yolo_sophia.runs.results import RunResult
+from yolo_sophia.runs.run import data_name
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class View:
                 if wanted not in known:
                     raise ValueError(f"a result has {kind} {wanted!r}, the plan has {known}: another plan's result?")
             try:
-                result.curve() if result.ended else None
+                Curve.of(result) if result.ended else None
             except (ValueError, TypeError) as error:
                 result = replace(result, rows=(), receipt=None, failure=f"The record is unusable: {error}")
             checked.append(result)
@@ -55,7 +56,7 @@ class View:
     @cached_property
     def curves(self) -> tuple[Curve, ...]:
         """The runs that have ended, as the scores take them."""
-        return tuple(result.curve() for result in self.results if result.ended)
+        return tuple(Curve.of(result) for result in self.results if result.ended)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_sophia.compare.plan import Run
+from yolo_sophia.runs.run import Run
 from yolo_sophia.runs.scheduler import (
     LOCKED_OUT,
     LOG,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolo_sophia.compare.plan import Run, data_name
-from yolo_sophia.compare.score import Curve
+from yolo_sophia.runs.run import Run
 from yolo_sophia.runs.scheduler import FAILURE, folder_of
 from yolo_sophia.runs.worker import RECEIPT, read_curve
 
@@ -38,25 +36,6 @@ class RunResult:
     def ended(self) -> bool:
         """Whether the run finished or failed."""
         return self.receipt is not None or self.failure is not None
-
-    def curve(self) -> Curve:
-        """The run as the scores take it."""
-
-        def column(name: str) -> tuple[float, ...]:
-            return tuple(math.nan if row.get(name) is None else row[name] for row in self.rows)
-
-        return Curve(
-            arm=self.run.arm,
-            data=data_name(self.run.data),
-            seed=self.run.seed,
-            horizon=self.run.horizon,
-            steps=column("steps"),
-            images=column("images"),
-            seconds=column("seconds"),
-            map50_95=column(MAP50_95),
-            map50=column(MAP50),
-            failed=self.receipt is None,
-        )
 
 
 def load(out: Path, runs: Iterable[Run]) -> list[RunResult]:

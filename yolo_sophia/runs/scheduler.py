@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare.plan import Run
+from yolo_sophia.runs.run import Run
 from yolo_sophia.runs.worker import BUSY, ORDER, RECEIPT, read_curve
 
 LAST_LINES = 12

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from yolo_sophia.compare.plan import data_name
 from yolo_sophia.presets import BORROWED, KNOBS
+from yolo_sophia.runs.run import data_name
 from yolo_sophia.tune.plan import TunePlan
 
 BEST, ARGUMENTS = "best.yaml", "best-arguments.yaml"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.command import check_data
-from yolo_sophia.compare.spaces import FORMS
 from yolo_sophia.runs.progress import showing
 from yolo_sophia.runs.scheduler import Progress
+from yolo_sophia.search_space import FORMS
 from yolo_sophia.tune.plan import KEYS, TunePlan, parse, plan_yaml
 from yolo_sophia.tune.progress import REFRESH, Board
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from yolo_sophia.compare.estimate import costs
-from yolo_sophia.compare.plan import data_name
 from yolo_sophia.compare.tables import scalar
+from yolo_sophia.runs.run import data_name
 from yolo_sophia.tune.plan import TunePlan
 
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from yolo_sophia.compare.spaces import Choice, Dimension
 from yolo_sophia.report.figure_style import INK, MUTED, Style, panel, plain, row_panel, short
+from yolo_sophia.search_space import Choice, Dimension
 from yolo_sophia.tune.view import Trial
 
 SCORE = "mAP50-95"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from yolo_sophia.compare.spaces import Choice, Dimension, merged, read_dimension
+from yolo_sophia.search_space import Choice, Dimension, merged, read_dimension
 
 DECIMALS = 5
 """Ultralytics' engine.tuner.Tuner rounds to so many."""

@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 
 from yolo_sophia.compare import plan as comparison
-from yolo_sophia.compare.plan import DECIDED, Arm, Key, Plan, Run, as_name, check_name, data_name, make_run, whole
-from yolo_sophia.compare.spaces import FORMS, Choice, Dimension, Range, merged, read_dimension, written
+from yolo_sophia.compare.plan import DECIDED, Arm, Key, Plan, whole
 from yolo_sophia.compare.tuning import TRIAL_SEED
 from yolo_sophia.presets import suggestion
+from yolo_sophia.runs.run import Run, as_name, check_name, data_name, make_run
+from yolo_sophia.search_space import FORMS, Choice, Dimension, Range, merged, read_dimension, written
 
 SAMPLERS, PRUNERS = ("tpe", "random", "cmaes", "grid"), ("median", "hyperband", "none")
 LARGEST_GRID = 1000

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.galleries import picture
-from yolo_sophia.compare.plan import data_name
 from yolo_sophia.compare.report import write_document
-from yolo_sophia.compare.spaces import Range
 from yolo_sophia.compare.tables import DASH, count, duration, scalar
 from yolo_sophia.report.document import Block, Code, Document, Fold, Gallery, Section, Table, Text
 from yolo_sophia.runs import environment as machine
+from yolo_sophia.runs.run import data_name
+from yolo_sophia.search_space import Range
 from yolo_sophia.tune import figures
 from yolo_sophia.tune.plan import plan_yaml
 from yolo_sophia.tune.view import Trial, View

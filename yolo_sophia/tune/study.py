@@ -23,8 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare.spaces import Choice, Dimension
 from yolo_sophia.compare.tuning import TRIAL_SEED
+from yolo_sophia.search_space import Choice, Dimension
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from yolo_sophia.compare.spaces import SPACES, Choice, Range, read_dimension
 from yolo_sophia.integration.arguments import judge
+from yolo_sophia.search_space import SPACES, Choice, Range, read_dimension
 
 
 @pytest.mark.parametrize(
