@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ultralytics.cfg import merge_equals_args, parse_key_value_pair
 
 from yolo_sophia import cli
-from yolo_sophia.compare.plan import KEYS, Plan, build, parse, runs
-from yolo_sophia.compare.tuning import TRIAL_SEED, choose, halton, settings, trial_runs
-from yolo_sophia.compare.view import plan_yaml
+from yolo_sophia.compare.plan import KEYS, Plan, build, parse, plan_yaml, runs
+from yolo_sophia.compare.tuning import choose, halton, settings, trial_runs
+from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.runs.progress import duration, eta_seconds
 from yolo_sophia.runs.results import MAP50_95, RunResult
 from yolo_sophia.runs.run import data_name, make_run
 from yolo_sophia.runs.scheduler import Progress, last_lines
 from yolo_sophia.search_space import OTHERS, SPACES, space_of
+from yolo_sophia.tune.plan import parse as tune_parse
 
 BASE = {"data": "sets/bccd/data.yaml", "model": "yolov8n.pt", "optimizers": "SophiaG,AdamW"}
 
@@ -137,16 +139,110 @@ def test_arms_spell_optimizers_in_any_case():
     assert list(arms(plan(optimizers="sophiag,ADAMW,RMSprop,musgd,Auto"))) == "sophiag ADAMW RMSprop musgd Auto".split()
 
 
+ULTRALYTICS_WORDS = (
+    "classes=0,3", "classes=[0, 3]", "classes=2", "classes=None", "freeze=0,1", "freeze=10", "freeze=[0,1]",
+    "imgsz=64,96", "imgsz=[64, 96]", "lr0=1e-3", "lr0=.5", "momentum=0.9", "cos_lr=true", "cos_lr=FALSE", "amp=False",
+    "cache=ram", "cache=disk", "cache=True", "cache=none", "device=cpu", "device=0", "device=-1", "split=val",
+    "pretrained=some weights.pt", "pretrained=a=b.pt", "pretrained=False", "auto_augment=None", "time=0.5", "batch=-1",
+    "batch=0.7", "lrf= 0.1 ", "copy_paste_mode='flip'", "erasing=0.4,", "scale=0.5",
+)  # fmt: skip
+
+
+def ultralytics_reads(words: list[str]) -> dict:
+    """What `yolo train` gives its trainer: Ultralytics' own parser, with the loop of its entrypoint around it."""
+    found = {}
+    for word in merge_equals_args(words):
+        key, value = parse_key_value_pair(word.removesuffix(","))
+        found[key] = value
+    return found
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("word", ULTRALYTICS_WORDS)
+def test_a_word_means_what_it_means_in_yolo_train(word, tmp_path, monkeypatch):
+    for module in ("compare", "tune"):  # what is valid is another question
+        monkeypatch.setattr(f"yolo_sophia.{module}.plan.check_arm", lambda *_: None)
+    monkeypatch.setattr("yolo_sophia.runs.plan.check_free", lambda *_: None)
+    key, _, text = word.partition("=")
+    expected = ultralytics_reads([word])[key]
+    assert parse([*(f"{k}={v}" for k, v in BASE.items()), word]).common[key] == expected
+    assert (
+        tune_parse(["data=d.yaml", "model=m.pt", word, *["space={'rho': [0.1, 1.0]}"] * (key != "lr0")]).common[key]
+        == expected
+    )
+    if "'" in text or text.endswith(","):
+        return
+    content = yaml.safe_dump({"data": "d.yaml", "model": "m.pt", key: text, "arms": {"SGD": {key: text}}})
+    made = from_file(tmp_path, content)
+    assert made.common[key] == arms(made)["SGD"][key] == expected
+    again = from_file(tmp_path, plan_yaml(made))
+    assert again.common[key] == expected and runs(again) == runs(made)
+
+
+@pytest.mark.compat
+def test_words_are_merged_as_in_yolo_train():
+    given = ["imgsz", "=", "64", "lr0=", "0.1", "momentum", "=0.5"]
+    made = parse([*(f"{k}={v}" for k, v in BASE.items()), *given, "cos_lr"])
+    assert {**made.common} == {"model": "yolov8n.pt", "epochs": 100, **ultralytics_reads(given), "cos_lr": True}
+
+
+@pytest.mark.compat
+def test_text_of_a_plan_file_is_not_executed(tmp_path):
+    for text in ("__import__('os').system('touch pwned')", "open('pwned', 'w')", "2**3"):
+        made = from_file(tmp_path, yaml.safe_dump({**BASE, "pretrained": text}))
+        assert made.common["pretrained"] == text
+    assert not Path("pwned").exists()
+
+
+def test_a_file_that_exists_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "[old](v8)/data.yaml",
+        "a,b/data.yaml",
+        "[x].yaml",
+        "(y)",
+        "k=v w/data.yaml",
+        "'q'/data.yaml",
+        "[un/data.yaml",
+    ]
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
+    for name in names:
+        assert plan(data=name).data == (name,), name
+        assert build({"data": name, "model": "m.pt", "optimizers": "SGD"}).data == (name,)
+        if name.count("[") == name.count("]"):
+            assert plan(data=f"[c.yaml, {name}]").data == ("c.yaml", name)
+        assert tune_parse([f"data={name}", "model=m.pt"]).data == (name,)
+    assert plan(data="c.yaml,a,b/data.yaml,d.yaml").data == ("c.yaml", "a,b/data.yaml", "d.yaml")
+    assert plan(data="['c.yaml', \"d,e.yaml\"]").data == ("c.yaml", "d,e.yaml")
+    for path in ("[old](v8)/m=1,2.pt", "it's here/x", "1e3", "(a)"):
+        made = tune_parse(["data=d.yaml", f"model={path}", f"out={path}", f"storage={path}"])
+        assert (made.common["model"], str(made.out), made.storage) == (path, path, f"sqlite:///{path}")
+        made = plan(model=path, project=path, name="n,1")
+        assert (made.common["model"], made.out) == (path, Path(path, "n,1"))
+    file = tmp_path / "[s], {1}.yaml"
+    file.write_text("{'rho': [0.1, 1.0]}")
+    assert list(tune_parse(["data=d.yaml", "model=m.pt", f"space={file}"]).space) == ["lr0", "rho"]
+
+
+def test_project_and_name_as_in_ultralytics():
+    assert plan(project="here").out == Path("here/compare") and plan(name="mine").out == Path("runs/mine")
+    assert plan(project="here", name="mine").out == Path("here/mine")
+    assert tune_parse(["data=sets/d.yaml", "model=m.pt", "project=here"]).out == Path("here/SophiaG-d")
+    assert tune_parse(["data=sets/d.yaml", "model=m.pt", "name=mine"]).out == Path("runs/tune/mine")
+
+
 # Refusing -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": None}, "lacks data: say data=..."),
-        ({"data": None, "model": None}, "lacks data and model: say data=... model=..."),
+        ({"data": None}, "lacks data: add data=..."),
+        ({"data": None, "model": None}, "lacks data and model: add data=... model=..."),
         ({"model": ""}, "lacks model"),
-        ({"optimizers": None}, "no arms: say optimizers=SophiaG,AdamW"),
+        ({"optimizers": None}, "no arms: add optimizers=SophiaG,AdamW"),
         ({"epochz": 3}, "the plan: 'epochz' is not a known argument. Did you mean 'epochs'?"),
         ({"seed_s": 3}, "Did you mean 'seeds'?"),
         ({"optimizers": "SophiaG,AdamWW"}, "arm AdamWW: optimizer='AdamWW' is not an optimizer. Did you mean 'AdamW'?"),
@@ -175,9 +271,9 @@ def test_arms_spell_optimizers_in_any_case():
         ({"engine": "slurm"}, "engine='slurm': expected local or ray"),
         ({"engine": "ray", "cpus": 0}, "cpus=0: expected a whole number >= 1"),
         ({"engine": "ray", "gpus": 2}, "gpus=2: expected a number from 0 to 1"),
-        ({"engine": "ray", "workers": 2}, "workers=2 is not for engine=ray: say cpus and gpus instead"),
+        ({"engine": "ray", "workers": 2}, "workers=2 is not for engine=ray: use cpus and gpus instead"),
         ({"engine": "ray", "devices": "0,1"}, "devices=[0, 1] is not for engine=ray"),
-        ({"cpus": 2}, "cpus=2 is not for engine=local: say workers and devices instead"),
+        ({"cpus": 2}, "cpus=2 is not for engine=local: use workers and devices instead"),
         ({"engine": "local", "gpus": 0.5}, "gpus=0.5 is not for engine=local"),
         ({"bn_recalibrate": "perhaps"}, "bn_recalibrate='perhaps': expected True or False"),
         ({"dry_run": 1}, "dry_run=1: expected True or False"),
@@ -192,11 +288,24 @@ def test_arms_spell_optimizers_in_any_case():
         ({"rho": 0.1}, "arm AdamW: ['rho'] are arguments of optimizer=SophiaG"),
         ({"optimizers": "SGD", "optimizer_args": "{eps: 1}"}, "arm SGD: ['optimizer_args']"),
         ({"optimizers": "torch.optim.SGD", "optimizer_args": "{nesteroff: 1}"}, "Did you mean 'nesterov'?"),
-        ({"seed": 3}, "seed is decided by the plan: say seeds=..."),
-        ({"optimizer": "SGD"}, "optimizer is decided by the plan: say optimizers=..."),
-        ({"project": "here"}, "project is decided by the plan: say out=..."),
+        ({"seed": 3}, "seed is decided by the plan: use seeds=..."),
+        ({"optimizer": "SGD"}, "optimizer is decided by the plan: use optimizers=..."),
+        ({"project": "here", "out": "there"}, "out=there and project=here: use one of them"),
         ({"resume": "True"}, "resume is decided by the plan"),
-        ({"device": "0,1"}, "device=0,1: a run has one; devices=... spreads the runs"),
+        ({"lr0": ""}, "lr0= has no value"),
+        ({"batch": 0}, "batch=0: expected a whole number >= 1, or -1 or a fraction"),
+        ({"batch": -3}, "batch=-3"),
+        ({"batch": 2.5}, "batch=2.5"),
+        ({"imgsz": 0}, "imgsz=0: expected a whole number >= 1"),
+        ({"imgsz": "big"}, "imgsz='big'"),
+        ({"imgsz": "64,64,64"}, "imgsz=(64, 64, 64)"),
+        ({"nbs": 0}, "nbs=0: expected a number >= 1"),
+        ({"fraction": -0.5}, "fraction=-0.5: expected a number above 0"),
+        ({"fraction": 0}, "fraction=0"),
+        ({"patience": -1}, "patience=-1"),
+        ({"time": -2}, "time=-2: expected a number >= 0"),
+        ({"workers": -1}, "workers=-1"),
+        ({"device": "0,1"}, "device=0,1: a training has one; use devices=... to spread the trainings"),
     ],
 )
 def test_refuses(changes, message):

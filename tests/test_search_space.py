@@ -13,8 +13,8 @@ from yolo_sophia.search_space import SPACES, Choice, Range, read_dimension
     [
         ([0.8, 0.99], Range(0.8, 0.99, log=False)),
         ([1e-4, 1e-2, "log"], Range(1e-4, 1e-2)),
-        ((2, 20, "int"), Range(2, 20, log=False, whole=True)),
-        ([2, 200, "int", "log"], Range(2, 200, whole=True)),
+        ((2, 20, "int"), Range(2, 20, log=False, is_int=True)),
+        ([2, 200, "int", "log"], Range(2, 200, is_int=True)),
         ([320, 480, 640], Choice((320, 480, 640))),
         (["gnb", "empirical_fisher"], Choice(("gnb", "empirical_fisher"))),
         ([True, False], Choice((True, False))),
@@ -58,25 +58,25 @@ def test_malformed(given, says):
         (Range(1e-4, 1e-2), 0.00123456, 0.001235),
         (Range(0.00123441, 1.0), 0.00123442, 0.00123441),  # rounded it would be outside
         (Range(0.1, 0.123456), 0.123456, 0.123456),
-        (Range(2, 20, whole=True), 7.6, 8),
+        (Range(2, 20, is_int=True), 7.6, 8),
         (Choice((1, 2)), 2, 2),
     ],
 )
 def test_settled_values_are_short_and_inside(dimension, value, settled):
-    assert dimension.settle(value) == settled and dimension.holds(settled)
+    assert dimension.rounded(value) == settled and dimension.contains(settled)
 
 
 @pytest.mark.parametrize(
     ("dimension", "value"),
-    [(Range(1, 3, whole=True), 1.5), (Range(0, 1, log=False), True), (Range(1, 2), "auto"), (Choice((1, 2)), True)],
+    [(Range(1, 3, is_int=True), 1.5), (Range(0, 1, log=False), True), (Range(1, 2), "auto"), (Choice((1, 2)), True)],
 )
 def test_what_a_dimension_does_not_hold(dimension, value):
-    assert not dimension.holds(value)
+    assert not dimension.contains(value)
 
 
 def test_fractions_cover_a_dimension():
     assert [Choice("abc").at(u) for u in (0, 0.34, 0.99, 1)] == ["a", "b", "c", "c"]
-    assert [Range(1, 9, whole=True).at(u) for u in (0, 0.5, 1)] == [1, 3, 9]
+    assert [Range(1, 9, is_int=True).at(u) for u in (0, 0.5, 1)] == [1, 3, 9]
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -27,9 +27,9 @@ from ultralytics.cfg import get_cfg
 from ultralytics.engine.tuner import Tuner
 
 from yolo_sophia import cli, tune_space
-from yolo_sophia.compare.tuning import TRIAL_SEED
 from yolo_sophia.integration.arguments import OPTIMIZERS, judge, resolve
 from yolo_sophia.presets import KNOBS, load_preset
+from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.runs.results import MAP50_95
 from yolo_sophia.runs.run import data_name
 from yolo_sophia.runs.scheduler import Progress, folder_of
@@ -62,9 +62,9 @@ def test_defaults():
     assert dict(made.space) == {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)}
     assert dict(made.start) == {key: load_preset("published").settings[key] for key in ("lr0", "rho")}
     assert (made.trials, made.sampler, made.pruner, made.prune_after) == (30, "tpe", "median", 1)
-    assert (made.base.seeds, made.workers, made.study) == ((TRIAL_SEED,), 1, "SophiaG-bccd")
-    assert made.base.out == Path("runs/tune/SophiaG-bccd")
-    assert made.storage == f"sqlite:///{made.base.out / 'study.db'}"
+    assert (made.seeds, made.local_workers, made.study) == ((TRIAL_SEED,), 1, "SophiaG-bccd")
+    assert made.out == Path("runs/tune/SophiaG-bccd")
+    assert made.storage == f"sqlite:///{made.out / 'study.db'}"
 
 
 def test_a_given_value_is_not_searched_and_the_space_is_written_on_top(tmp_path):
@@ -103,8 +103,8 @@ def test_a_trial_is_every_seed_on_every_data_set():
     runs = made.runs({"rho": 0.2})
     assert [(r.data, r.seed) for r in runs] == [(d, TRIAL_SEED + s) for s in (0, 1) for d in ("a.yaml", "b.yaml")]
     assert all(r.bn_recalibrate and r.arguments["rho"] == 0.2 and r.arguments["epochs"] == 4 for r in runs)
-    assert made.epochs == 16 and made.prune_after == 4
-    assert plan(seeds="3,5").base.seeds == (3, 5)
+    assert made.trial_epochs == 16 and made.prune_after == 4
+    assert plan(seeds="3,5").seeds == (3, 5)
 
 
 def test_grid():
@@ -158,7 +158,7 @@ def test_the_written_plan_is_read_back(changes, tmp_path):
         ({"space": "{'hessian_interval': [2, 20]}"}, "Add 'int' for whole numbers."),
         ({"space": "{'hessian_estimator': ['gnb', 'gbn']}"}, "space: hessian_estimator: 'hessian_estimator=gbn'"),
         ({"space": "{'rho': [0.1, 0.2]}", "optimizer": "SGD"}, "['rho'] are arguments of optimizer=SophiaG"),
-        ({"space": "{'clip_fraction': [0.1, 0.9], 'rho': null}"}, "clip_fraction is the knob of rho=auto, found rho="),
+        ({"space": "{'clip_fraction': [0.1, 0.9], 'rho': null}"}, "clip_fraction requires rho=auto, found rho="),
         ({"space": "{'rho': [0.1, 0.2]}", "rho": 0.1}, "rho=0.1 is fixed, and it is in the space"),
         ({"grid_points": 4}, "grid_points goes with sampler=grid, found sampler=tpe"),
         ({"pruner": "none", "prune_after": 2}, "prune_after goes with pruner=median or hyperband"),
@@ -268,7 +268,7 @@ def test_samplers(sampler, tuned):
     view = tuned(sampler=sampler, trials=5)
     assert [trial.state for trial in view.trials] == ["finished"] * 5
     for trial, arguments in zip(view.trials, tuned.played.begun):
-        assert all(own.holds(trial.settings[key]) for key, own in view.plan.space.items())
+        assert all(own.contains(trial.settings[key]) for key, own in view.plan.space.items())
         assert trial.settings == {key: arguments[key] for key in view.plan.space}
         assert trial.value == pytest.approx(by_lr0(arguments, 4))
         assert dict(trial.curve) == {e: pytest.approx(by_lr0(arguments, e)) for e in (1, 2, 3, 4)}
@@ -301,7 +301,7 @@ def test_pruning(pruner, tuned):
     for trial in view.having("pruned"):
         assert 2 <= max(trial.curve) < 6 and trial.value is None
         (run,) = view.plan.runs(trial.settings)
-        assert not (folder_of(view.plan.base.out, run) / RECEIPT).is_file()
+        assert not (folder_of(view.plan.out, run) / RECEIPT).is_file()
 
 
 def test_a_trial_of_several_trainings_is_their_mean(tuned):
@@ -433,7 +433,7 @@ def test_a_trial_of_another_machine_is_left_alone_until_it_is_dead(at):
 
 def test_the_preset_is_what_was_found(tuned):
     view = tuned(space="{'beta2': [0.8, 0.99], 'hessian_interval': [2, 20, 'int']}", weight_decay=0.01, trials=5)
-    path = view.plan.base.out / "best.yaml"
+    path = view.plan.out / "best.yaml"
     path.write_text(view.outcome.files["best.yaml"])
     preset = load_preset(str(path))
     published = load_preset("published")
@@ -452,7 +452,7 @@ def test_the_preset_is_what_was_found(tuned):
 
 def test_arguments_that_no_preset_has_come_beside_it(tuned):
     view = tuned(space="{'box': [5.0, 9.0]}", trials=2)
-    beside = view.plan.base.out / "best-arguments.yaml"
+    beside = view.plan.out / "best-arguments.yaml"
     assert yaml.safe_load(view.outcome.files[beside.name]) == {"optimizer": "SophiaG", "box": view.best.settings["box"]}
     assert view.outcome.command.startswith(f"yolo train cfg={beside} ")
     assert "box" not in yaml.safe_load(view.outcome.files["best.yaml"])["settings"]
@@ -464,7 +464,7 @@ def test_arguments_that_no_preset_has_come_beside_it(tuned):
 )
 def test_arguments_of_other_optimizers(optimizer, given, tuned):
     view = tuned(optimizer=optimizer, trials=2, **given)
-    path = view.plan.base.out / "best.yaml"
+    path = view.plan.out / "best.yaml"
     path.write_text(view.outcome.files["best.yaml"])
     content = yaml.safe_load(path.read_text())
     assert content == {**content, "optimizer": optimizer, **view.best.settings}
@@ -518,9 +518,9 @@ def test_text_of_users_is_escaped_in_the_report(tuned):
 def test_a_report_of_little(score, tuned):
     view = tuned(lambda *_: score, trials=2)
     assert command.finish(tuned.study) == (1 if score == "broken" else 0)
-    text = (view.plan.base.out / "report.md").read_text()
+    text = (view.plan.out / "report.md").read_text()
     assert ("No trial has finished yet" if score == "broken" else "no importances") in text
-    assert (view.plan.base.out / "best.yaml").exists() == (score != "broken")
+    assert (view.plan.out / "best.yaml").exists() == (score != "broken")
 
 
 # Ultralytics' own tuner -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What is searched for each optimizer, and how a search space is written; the one place for tuning of any kind.
+"""Search spaces: the one of each optimizer, and how a space is written.
 
-The rule: a dimension gives only values that are trained as they are recorded: inside its bounds, and rounded to four
-significant digits.
+A dimension gives only values that are trained as they are recorded: inside its bounds and rounded to four significant
+digits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Range:
-    """An interval to search, uniform in the value or in its logarithm; `whole` allows whole numbers only."""
+    """An interval to search, uniform in the value or in its logarithm; `is_int` allows integers only."""
 
     low: float
     high: float
     log: bool = True
-    whole: bool = False
+    is_int: bool = False
 
     @property
     def samples(self) -> tuple[float, ...]:
@@ -35,21 +35,21 @@ class Range:
     def at(self, u: float) -> float:
         """The value at the fraction u in [0, 1]."""
         if self.log:
-            return self.settle(math.exp(math.log(self.low) + u * math.log(self.high / self.low)))
-        return self.settle(self.low + u * (self.high - self.low))
+            return self.rounded(math.exp(math.log(self.low) + u * math.log(self.high / self.low)))
+        return self.rounded(self.low + u * (self.high - self.low))
 
-    def settle(self, value: float) -> float:
-        """The value as it is trained: four significant digits or a whole number, and never outside."""
-        value = round(value) if self.whole else float(f"{value:.4g}")
+    def rounded(self, value: float) -> float:
+        """The value as it is trained: four significant digits or an integer, and inside the bounds."""
+        value = round(value) if self.is_int else float(f"{value:.4g}")
         return min(max(value, self.low), self.high)
 
-    def holds(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         """Whether a value is of the dimension."""
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and self.low <= value <= self.high and (not self.whole or value == round(value))
+        return number and self.low <= value <= self.high and (not self.is_int or value == round(value))
 
     def __str__(self) -> str:
-        kinds = ", logarithmic" * self.log + ", whole numbers" * self.whole
+        kinds = ", logarithmic" * self.log + ", whole numbers" * self.is_int
         return f"{self.low:g}-{self.high:g}{kinds}"
 
 
@@ -68,11 +68,11 @@ class Choice:
         """The value at the fraction u in [0, 1]."""
         return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
 
-    def settle(self, value: Any) -> Any:
+    def rounded(self, value: Any) -> Any:
         """The value as it is."""
         return value
 
-    def holds(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         """Whether a value is of the dimension; True is not 1 here."""
         return any(type(own) is type(value) and own == value for own in self.values)
 
@@ -87,7 +87,7 @@ def written(dimension: Dimension) -> Any:
     """The form that `read_dimension` reads back."""
     if isinstance(dimension, Choice):
         return {"choices": list(dimension.values)}
-    return [dimension.low, dimension.high, *["log"] * dimension.log, *["int"] * dimension.whole]
+    return [dimension.low, dimension.high, *["log"] * dimension.log, *["int"] * dimension.is_int]
 
 
 _SOPHIA = {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)}
@@ -104,14 +104,14 @@ SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
         "sgd": {"lr0": Range(1e-3, 1e-1), "momentum": Range(0.8, 0.98, log=False)},
         "musgd": {"lr0": Range(1e-3, 5e-2), "momentum": Range(0.8, 0.98, log=False)},
         "rmsprop": {"lr0": Range(1e-5, 1e-2), "momentum": Range(0.0, 0.95, log=False)},
-        "auto": {},  # chooses its own learning rate: there is nothing to search
+        "auto": {},  # chooses its own learning rate
     }
 )
-"""What is searched for each optimizer: the learning rate and its one other knob."""
-STEERED: Mapping[str, Dimension] = MappingProxyType(
+"""What is searched for each optimizer: the learning rate and one other argument."""
+AUTO_RHO: Mapping[str, Dimension] = MappingProxyType(
     {"lr0": _SOPHIA["lr0"], "clip_fraction": Range(0.1, 0.95, log=False)}
 )
-"""What is searched for Sophia under rho=auto, whose knob is the fraction that rho is steered to."""
+"""What is searched for Sophia under rho=auto, where clip_fraction takes the place of rho."""
 OTHERS: Mapping[str, Dimension] = MappingProxyType({"lr0": Range(1e-5, 1e-2), "weight_decay": Range(1e-5, 1e-1)})
 """What is searched for an optimizer given by a dotted path."""
 
@@ -120,17 +120,17 @@ def space_of(arguments: Mapping[str, Any]) -> Mapping[str, Dimension]:
     """The search space of the optimizer of these arguments."""
     name = str(arguments["optimizer"]).lower()
     if SPACES.get(name) is _SOPHIA and str(arguments.get("rho")).lower() == "auto":
-        return STEERED
+        return AUTO_RHO
     return SPACES.get(name, OTHERS)
 
 
 def merged(arguments: Mapping[str, Any], given: Mapping[str, Dimension | None]) -> dict[str, Dimension]:
     """The space of the optimizer of these arguments with what is given on top; None takes a key out.
 
-    Who gives rho searches numbers, whatever the arguments say: then there is no fraction to steer to.
+    With rho among what is given, rho is a number and clip_fraction is not searched.
     """
-    unsteered = {"rho": None} if given.get("rho") is not None else {}
-    space = {**space_of({**arguments, **unsteered}), **given}
+    fixed_rho = {"rho": None} if given.get("rho") is not None else {}
+    space = {**space_of({**arguments, **fixed_rho}), **given}
     return {key: own for key, own in space.items() if own is not None}
 
 
@@ -150,14 +150,14 @@ def read_dimension(key: str, given: Any) -> Dimension | None:
         # YAML reads words; {"log", "int"} in any order, each once.
         if not set(map(str, words)) <= {"log", "int"} or len(set(map(str, words))) < len(words):
             raise ValueError(f"space: {key}: found {given!r}, expected {FORMS}.")
-        log, whole = "log" in words, "int" in words
+        log, is_int = "log" in words, "int" in words
         if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not log)):
             rule = "0 < low < high for 'log'" if log else "low < high"
             raise ValueError(f"space: {key}: found {given!r}, expected {rule}.")
-        if whole and (low != round(low) or high != round(high)):
+        if is_int and (low != round(low) or high != round(high)):
             raise ValueError(f"space: {key}: found {given!r}, expected whole numbers as bounds for 'int'.")
-        kind = int if whole else float
-        return Range(kind(low), kind(high), log, whole)
+        kind = int if is_int else float
+        return Range(kind(low), kind(high), log, is_int)
     plain = all(isinstance(v, (str, bool, int, float)) for v in _listed(values))
     if not _listed(values) or not plain or len({(type(v), v) for v in values}) < len(values):
         raise ValueError(f"space: {key}: found {given!r}, expected {FORMS}.")

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare.plan import KEYS, Plan, parse, runs
+from yolo_sophia.compare.plan import KEYS, Plan, parse, plan_yaml, runs
 from yolo_sophia.compare.tuning import Search, choose, trial_runs
-from yolo_sophia.compare.view import plan_yaml
+from yolo_sophia.runs.plan import check_data
 from yolo_sophia.runs.progress import showing
 from yolo_sophia.runs.results import load
 from yolo_sophia.runs.run import Run
@@ -55,18 +55,6 @@ def train(plan: Plan) -> tuple[list[Run], list[Progress], list[Search]]:
     searches, tuned = tune(plan)
     ordered = runs(plan, tuned)
     return ordered, _run(plan, ordered, "compare"), searches
-
-
-def check_data(plan: Plan) -> None:
-    """Refuse a plan whose data YAMLs are not there; their images may still have to be downloaded.
-
-    Raises:
-        ValueError: One is not, or it names no training images.
-    """
-    from yolo_sophia.integration.measure import count_images
-
-    for data in plan.data if plan.engine == "local" else ():  # on a cluster, the nodes have them
-        count_images(data)
 
 
 def finish(
@@ -117,6 +105,6 @@ def _run(plan: Plan, ordered: list[Run], title: str) -> list[Progress]:
         share = {"cpus": plan.cpus or 1, "gpus": plan.gpus or 0.0}
         with showing(title, places(**share)) as show:
             return execute_on_ray(plan.out, ordered, **share, on_change=show)
-    workers = plan.workers or max(1, len(plan.devices))
+    workers = plan.local_workers
     with showing(title, workers) as show:
         return execute(plan.out, ordered, workers=workers, devices=plan.devices, on_change=show)

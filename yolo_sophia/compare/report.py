@@ -12,9 +12,9 @@ from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare import headline, sections, tables
-from yolo_sophia.compare.plan import Plan
+from yolo_sophia.compare.plan import Plan, plan_yaml
 from yolo_sophia.compare.tuning import Search
-from yolo_sophia.compare.view import View, plan_yaml
+from yolo_sophia.compare.view import View
 from yolo_sophia.report.document import Code, Document, Section, Text, pictures, to_html
 from yolo_sophia.report.markdown import to_markdown
 from yolo_sophia.runs.results import RunResult

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from yolo_sophia.compare.plan import Arm, Plan
+from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.runs.results import MAP50_95, RunResult
 from yolo_sophia.runs.run import Run, data_name, make_run
 from yolo_sophia.search_space import space_of
 
-TRIAL_SEED = 9_999
 BASES = (2, 3, 5)
 
 

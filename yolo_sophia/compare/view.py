@@ -5,13 +5,11 @@ The rule: every run of the plan is counted once, as finished, failed or missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
-
-import yaml
 
 from yolo_sophia.compare.plan import Plan
 from yolo_sophia.compare.score import FULL, Curve, Ratio, Summary, cost_ratio, goal, summarize
@@ -135,28 +133,3 @@ class View:
                 pairs.append((one, two))
                 taken.add(two)
         return tuple(pairs)
-
-
-def plan_yaml(plan: Plan) -> str:
-    """The plan as a file that `plan=` reads back to the same plan."""
-    content: dict[str, Any] = {
-        "data": list(plan.data),
-        "arms": {arm.name: _plain(arm.arguments) for arm in plan.arms},
-        "reference": plan.reference,
-        "seeds": list(plan.seeds),
-        "horizons": list(plan.horizons),
-        "devices": list(plan.devices),
-        "out": str(plan.out),
-        **{key: getattr(plan, key) for key in ("target", "tune_trials", "tune_epochs", "bn_recalibrate", "cut_runs")},
-        **{key: getattr(plan, key) for key in ("engine", "workers", "cpus", "gpus")},
-    }
-    content = {key: value for key, value in content.items() if value is not None}
-    return yaml.safe_dump({**content, **_plain(plan.common)}, sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(own) for key, own in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(own) for own in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

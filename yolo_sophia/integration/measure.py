@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +51,49 @@ def read_data(data: str) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def measure_step(arguments: Mapping[str, Any], threads: int) -> tuple[float, int, float]:
+def measure_step(model: str, batch: int, size: int, threads: int) -> tuple[float, int, float]:
     """Time the forward and backward pass of one batch of random images.
 
     Args:
-        arguments: Ultralytics arguments: model, batch, imgsz.
-        threads: Threads of the processor that a worker would have.
+        model: Ultralytics' argument `model`.
+        batch: Images.
+        size: Height and width in pixels.
+        threads: Processor threads that a worker would have.
 
     Returns:
         Seconds per batch (the second of two), parameters of the model, and its GFLOPs per image.
 
     Raises:
-        ValueError: The model cannot be loaded.
+        ValueError: The model cannot be loaded, or does not take images of this size.
     """
     import torch
     from ultralytics import YOLO
+    from ultralytics.utils.checks import check_imgsz
     from ultralytics.utils.torch_utils import get_flops
 
     torch.set_num_threads(threads)
     try:
-        model = YOLO(str(arguments["model"])).model.train().float()
+        network = YOLO(model).model.train().float()
     except Exception as error:  # of the many kinds that a damaged file, or one of another program, leads to
-        raise ValueError(f"model={arguments['model']} cannot be loaded: {type(error).__name__}: {error}") from None
-    batch, size = max(1, int(arguments.get("batch", 16))), int(arguments.get("imgsz", 640))
+        raise ValueError(f"model={model} cannot be loaded: {type(error).__name__}: {error}") from None
+    stride = max(int(network.stride.max()) if hasattr(network, "stride") else 32, 32)
+    size = check_imgsz(size, stride=stride, floor=stride, max_dim=1)
+    channels = next((m.in_channels for m in network.modules() if isinstance(m, torch.nn.Conv2d)), 3)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    for p in model.parameters():
+    network.to(device)
+    for p in network.parameters():
         p.requires_grad_(p.is_floating_point())
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        out = model(torch.rand(batch, 3, size, size, device=device))
-        tensors = [v for v in (out.values() if isinstance(out, dict) else out) if isinstance(v, torch.Tensor)]
-        sum(t.float().square().mean() for t in tensors).backward()
+        try:
+            out = network(torch.rand(batch, channels, size, size, device=device))
+            tensors = [v for v in (out.values() if isinstance(out, dict) else out) if isinstance(v, torch.Tensor)]
+            sum(t.float().square().mean() for t in tensors).backward()
+        except (RuntimeError, ValueError, TypeError) as error:  # out of memory, or a model of another kind
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"model={model}: one step with batch={batch} imgsz={size} failed: {reason}") from None
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    return seconds, sum(p.numel() for p in model.parameters()), float(get_flops(model, size))
+    return seconds, sum(p.numel() for p in network.parameters()), float(get_flops(network, size))

@@ -158,7 +158,9 @@ def take_up(folder: Path, item: Progress) -> bool:
 
 def write_order(folder: Path, item: Progress, threads: int) -> None:
     """Write what the worker is to train, and with how many threads."""
-    order = {**vars(item.run), "arguments": dict(item.run.arguments), "threads": threads}
+    arguments = dict(item.run.arguments)
+    tuples = [key for key, value in arguments.items() if isinstance(value, tuple)]  # JSON has lists only
+    order = {**vars(item.run), "arguments": arguments, "threads": threads, **({"tuples": tuples} if tuples else {})}
     atomic_write(folder / ORDER, json.dumps(order, indent=1))
 
 

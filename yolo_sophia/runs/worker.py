@@ -122,6 +122,7 @@ def train(folder: Path) -> dict[str, Any]:
 
     order = json.loads((folder / ORDER).read_text(encoding="utf-8"))
     arguments = dict(order["arguments"])
+    arguments |= {key: tuple(arguments[key]) for key in order.get("tuples", ())}
     checkpoint = folder / CHECKPOINT
     remove_leftovers(checkpoint)
     resume = checkpoint if checkpoint.is_file() and not order.get("restart") else None

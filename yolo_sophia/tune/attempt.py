@@ -43,12 +43,12 @@ class Attempt:
         self.value: float | None = None
         self.failure = ""
         self.shown = progress(plan, claim.trial.number, claim.settings)
-        self.shown.before = sum(len(read_curve(folder_of(plan.base.out, run))) for run in self._runs)
+        self.shown.before = sum(len(read_curve(folder_of(plan.out, run))) for run in self._runs)
         self._start()
 
     def _start(self) -> None:
         self._item = Progress(self._runs[len(self._finals)])
-        arguments = (self.plan.base.out, self._item, self._threads, self._device, self._stop)
+        arguments = (self.plan.out, self._item, self._threads, self._device, self._stop)
         self._thread = threading.Thread(target=train_one, args=arguments, daemon=True)
         self._thread.start()
 
@@ -59,8 +59,8 @@ class Attempt:
         says why.
         """
         over = not self._thread.is_alive()  # asked before the curve is read: nothing is written after it
-        rows = read_curve(folder_of(self.plan.base.out, self._item.run))
-        done = len(self._finals) * self.plan.base.epochs
+        rows = read_curve(folder_of(self.plan.out, self._item.run))
+        done = len(self._finals) * self.plan.epochs
         for row in rows:
             self._tell(done + row["epoch"], row.get(MAP50_95))
         self.shown.state, self.shown.epochs = "running", done + len(rows)
@@ -70,7 +70,7 @@ class Attempt:
         if self._item.state == "elsewhere" and not self._stop.wait(RETRY):
             self._start()
             return None
-        if is_finished(folder_of(self.plan.base.out, self._item.run)):
+        if is_finished(folder_of(self.plan.out, self._item.run)):
             return self._next(rows[-1].get(MAP50_95) if rows else None)
         if self._pruned:
             self.shown.state = "pruned"
@@ -84,7 +84,7 @@ class Attempt:
         self._told.add(step)
         value = math.nan if score is None else sum([*self._finals, score]) / (len(self._finals) + 1)
         self.claim.trial.report(value, step)
-        if step < self.plan.epochs and self.claim.trial.should_prune():
+        if step < self.plan.trial_epochs and self.claim.trial.should_prune():
             self._pruned = True
             self._stop.set()
 

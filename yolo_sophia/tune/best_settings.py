@@ -39,9 +39,9 @@ def outcome(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: i
     from yolo_sophia.integration.arguments import canonical_optimizer
 
     name = canonical_optimizer(plan.arm.arguments["optimizer"])
-    where = f"model={plan.fixed['model']} data={plan.base.data[0]}"
+    where = f"model={plan.fixed['model']} data={plan.data[0]}"
     found = f"best of {trials} trials, mAP50-95 {value:.4f}: {_length(plan)}"
-    best, others = plan.base.out / BEST, plan.base.out / ARGUMENTS
+    best, others = plan.out / BEST, plan.out / ARGUMENTS
     if name is None:
         given = {key: plan.fixed[key] for key in BORROWED if key in plan.fixed}
         text = _arguments(plan, {**given, **plan.arm.arguments, **settings}, found)
@@ -57,11 +57,9 @@ def outcome(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: i
 
 
 def _length(plan: TunePlan) -> str:
-    seeds, data = plan.base.seeds, ", ".join(map(data_name, plan.base.data))
+    seeds, data = plan.seeds, ", ".join(map(data_name, plan.data))
     many = "seed" if len(seeds) == 1 else "mean over seeds"
-    return (
-        f"{data}, {Path(str(plan.fixed['model'])).name}, {plan.base.epochs} epochs, {many} {', '.join(map(str, seeds))}"
-    )
+    return f"{data}, {Path(str(plan.fixed['model'])).name}, {plan.epochs} epochs, {many} {', '.join(map(str, seeds))}"
 
 
 def _preset(plan: TunePlan, optimizer: str, settings: Mapping[str, Any], found: str) -> str:

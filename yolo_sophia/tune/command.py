@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare.command import check_data
+from yolo_sophia.runs.plan import check_data
 from yolo_sophia.runs.progress import showing
 from yolo_sophia.runs.scheduler import Progress
 from yolo_sophia.search_space import FORMS
@@ -39,19 +39,19 @@ def main(words: Sequence[str]) -> int:
         KeyboardInterrupt: Stopped by the user; running the same command again goes on.
     """
     plan = parse(words)
-    if plan.base.dry_run:
+    if plan.dry_run:
         from yolo_sophia.tune.estimate import estimate
 
         print(estimate(plan))
         return 0
     check_packages(plan)
-    check_data(plan.base)
+    check_data(plan)
     from yolo_sophia.tune.study import SharedStudy, StorageError  # Optuna is imported from here on
 
     study = SharedStudy(plan)
-    atomic_write(plan.base.out / "plan.yaml", plan_yaml(plan))
+    atomic_write(plan.out / "plan.yaml", plan_yaml(plan))
     try:
-        with showing("tune", plan.workers) as show:
+        with showing("tune", plan.local_workers) as show:
             run(study, show)
     except KeyboardInterrupt:
         finish(study)
@@ -82,9 +82,9 @@ def run(study: SharedStudy, show: Callable[[list[Progress]], None]) -> None:
     """
     from yolo_sophia.tune.attempt import Attempt
 
-    plan, devices = study.plan, study.plan.base.devices
-    threads = max(1, (os.cpu_count() or 1) // plan.workers)
-    slots: list[Attempt | None] = [None] * plan.workers
+    plan, devices = study.plan, study.plan.devices
+    threads = max(1, (os.cpu_count() or 1) // plan.local_workers)
+    slots: list[Attempt | None] = [None] * plan.local_workers
     board, refused = Board(study), -REFRESH
     try:
         while True:

@@ -61,6 +61,6 @@ def _for_ray(dimension: Dimension) -> Any:
         raise ValueError('tune_space(ray=True): Ray Tune is not installed: pip install "yolo-sophia[ray]".') from None
     if isinstance(dimension, Choice):
         return tune.choice(list(dimension.values))
-    if dimension.whole:  # Ray leaves the upper bound out
+    if dimension.is_int:  # Ray leaves the upper bound out
         return (tune.lograndint if dimension.log else tune.randint)(dimension.low, dimension.high + 1)
     return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)

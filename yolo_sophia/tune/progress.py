@@ -26,7 +26,7 @@ def progress(plan: TunePlan, number: int, settings: Mapping[str, Any] | None = N
     """The line of a trial; one that has not begun has no settings."""
     words = ", ".join(f"{key}={value}" for key, value in (settings or {}).items())
     run = plan.runs({})[0]
-    arguments = {**run.arguments, "epochs": plan.epochs}
+    arguments = {**run.arguments, "epochs": plan.trial_epochs}
     return Progress(replace(run, key=f"trial {number}" + (f": {words}" if words else ""), arguments=arguments))
 
 

@@ -40,7 +40,7 @@ def write_report(view: View) -> Path:
     Returns:
         Path of report.html.
     """
-    out = view.plan.base.out
+    out = view.plan.out
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (view.outcome.files if view.outcome else {}).items():
         atomic_write(out / name, text)
@@ -51,7 +51,7 @@ def write_report(view: View) -> Path:
 def compose(view: View) -> Document:
     """Put the report together."""
     plan = view.plan
-    names = ", ".join(map(data_name, plan.base.data))
+    names = ", ".join(map(data_name, plan.data))
     parts = [
         Section("best", "Best settings", _best(view)),
         Section("figures", "What the trials show", _figures(view)),
@@ -64,7 +64,7 @@ def compose(view: View) -> Document:
     facts = [f"{len(view.having(state))} {state}" for state in ("pruned", "failed", "running") if view.having(state)]
     badges = [
         f"{len(view.having('finished'))} of {count(plan.trials, 'trial')} finished", *facts,
-        f"{plan.base.epochs} epochs", count(len(plan.base.seeds), "seed"), f"sampler {plan.sampler}",
+        f"{plan.epochs} epochs", count(len(plan.seeds), "seed"), f"sampler {plan.sampler}",
         f"pruner {plan.pruner}",
     ]  # fmt: skip
     return Document(f"{plan.arm.name} tuned on {names}", badges, parts)
@@ -85,7 +85,7 @@ def _best(view: View) -> list[Block]:
     elif view.start is not None:
         text += f" The optimizer's own settings had {view.start.value:.4f} (trial {view.start.number})."
     blocks.append(Text(text))
-    if len(plan.base.seeds) == 1:
+    if len(plan.seeds) == 1:
         blocks.append(Text("One seed: differences of a few thousandths may be luck.", "note"))
     if edges := _at_an_edge(view, best):
         blocks.append(Text(f"At the edge of the space: {', '.join(edges)}. Better values may lie beyond.", "warning"))
@@ -133,7 +133,7 @@ def _trials(view: View) -> list[Block]:
         score = figures.score_of(trial)
         shown = DASH if score != score else f"{score:.4f}"
         state = ("finished", "best") if trial is view.best else trial.state
-        epochs = f"{max(trial.curve, default=0)} of {view.plan.epochs}"
+        epochs = f"{max(trial.curve, default=0)} of {view.plan.trial_epochs}"
         rows.append([str(trial.number), state, shown, *cells, epochs, duration(trial.seconds)])
     head = ["trial", "state", "mAP50-95", *keys, "epochs", "time"]
     blocks: list[Block] = [

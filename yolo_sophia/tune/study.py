@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare.tuning import TRIAL_SEED
+from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.search_space import Choice, Dimension
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS
@@ -69,7 +69,7 @@ class SharedStudy:
         found = self._open(create=False)
         if found is not None:
             self._check_same(found)
-        self._locks = plan.base.out / LOCKS / plan.study
+        self._locks = plan.out / LOCKS / plan.study
         self._locks.mkdir(parents=True, exist_ok=True)
         with self._queue():
             folder = self._locks.parent / FOLDER_ID
@@ -162,7 +162,7 @@ class SharedStudy:
     def _claimed(self, trial: optuna.Trial, lock: FileLock) -> Claim:
         trial.set_user_attr(FOLDER, self.folder)
         settings = {
-            key: dimension.settle(_suggest(trial, key, dimension)) for key, dimension in self.plan.space.items()
+            key: dimension.rounded(_suggest(trial, key, dimension)) for key, dimension in self.plan.space.items()
         }
         trial.set_user_attr(SETTINGS, settings)
         self.storage.record_heartbeat(trial._trial_id)
@@ -205,7 +205,7 @@ ENOUGH = 4
 def _suggest(trial: optuna.Trial, key: str, dimension: Dimension) -> Any:
     if isinstance(dimension, Choice):
         return trial.suggest_categorical(key, dimension.values)
-    suggest = trial.suggest_int if dimension.whole else trial.suggest_float
+    suggest = trial.suggest_int if dimension.is_int else trial.suggest_float
     return suggest(key, dimension.low, dimension.high, log=dimension.log)
 
 
@@ -228,5 +228,5 @@ def make_pruner(plan: TunePlan) -> optuna.pruners.BasePruner:
     if plan.pruner == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=plan.prune_after)
     if plan.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=plan.prune_after, max_resource=plan.epochs)
+        return optuna.pruners.HyperbandPruner(min_resource=plan.prune_after, max_resource=plan.trial_epochs)
     return optuna.pruners.NopPruner()

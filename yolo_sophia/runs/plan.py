@@ -1,0 +1,398 @@
+"""What the plans of `compare` and `tune` have in common: keys, arms, and the checks of Ultralytics' arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from yolo_sophia.presets import suggestion
+from yolo_sophia.runs.run import Run, check_name, data_name, make_run
+
+MAX_SEEDS, MAX_SEED = 1000, 2**31
+"""Limits of a plan: NumPy takes no seed of more than 32 bits, and Ultralytics adds the rank."""
+MAX_WORKERS = 1024
+TRIAL_SEED = 9_999
+"""Seed of tuning trials; it takes no part in comparisons."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One optimizer with its arguments, under a name that is unique in the plan."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a plan: its description, its default, and the accepted values."""
+
+    meaning: str
+    default: Any = None
+    valid: Callable[[Any], bool] = lambda v: True
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """The part of a plan that decides on trainings; `common` holds the Ultralytics arguments of every arm."""
+
+    arms: tuple[Arm, ...]
+    data: tuple[str, ...]
+    seeds: tuple[int, ...]
+    common: Mapping[str, Any]
+    bn_recalibrate: bool
+    cut_runs: str
+    engine: str
+    workers: int | None
+    devices: tuple[str, ...]
+    cpus: int | None
+    gpus: float | None
+    out: Path
+    dry_run: bool
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a training at horizon 1.0."""
+        return int(self.common["epochs"])
+
+    @property
+    def local_workers(self) -> int:
+        """Trainings side by side on this machine."""
+        return self.workers or max(1, len(self.devices))
+
+    def run(self, arm: str, data: str, seed: int, horizon: float, arguments: Mapping[str, Any]) -> Run:
+        """A training of this plan."""
+        made = make_run(arm, data, seed, horizon, {**arguments, "data": data, "seed": seed}, self.bn_recalibrate)
+        return replace(made, restart=self.cut_runs == "restart")
+
+
+def is_int(minimum: int, maximum: int = 10**6) -> Callable[[Any], bool]:
+    """A check for integers from a minimum to a maximum."""
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and minimum <= v <= maximum
+
+
+def is_path(v: Any) -> bool:
+    """Whether a value can be a path or a name; YAML reads some of them as numbers."""
+    text = isinstance(v, (str, int, float, Path)) and not isinstance(v, bool)
+    return text and bool(str(v).strip()) and "\0" not in str(v)
+
+
+def bool_key(meaning: str) -> Key:
+    """A key that is False by default."""
+    return Key(meaning, False, lambda v: isinstance(v, bool), "True or False")
+
+
+def choice_key(names: tuple[str, ...], meaning: str) -> Key:
+    """A key with named values, the first by default."""
+    return Key(meaning, names[0], lambda v: v in names, f"{', '.join(names[:-1])} or {names[-1]}")
+
+
+PATH = {"valid": is_path, "expected": "a path"}
+COUNT = {"valid": is_int(1), "expected": "a whole number >= 1"}
+RUN_KEYS: Mapping[str, Key] = MappingProxyType(
+    {
+        "bn_recalibrate": bool_key(
+            "recalibrate BatchNorm statistics on training images before each validation, in every arm"
+        ),
+        "engine": choice_key(
+            ("local", "ray"),
+            "local, or ray: an existing Ray cluster (RAY_ADDRESS, else this machine's) whose nodes all see `out`",
+        ),
+        "workers": Key(
+            "trainings side by side (default: one per device, else 1)",
+            None,
+            is_int(1, MAX_WORKERS),
+            f"a whole number >= 1, at most {MAX_WORKERS}",
+        ),
+        "devices": Key("GPU numbers to spread the workers over (default: CPU)", ()),
+        "cpus": Key("engine=ray: processors and threads of a training (default: 1)", **COUNT),
+        "gpus": Key(
+            "engine=ray: GPUs of a training, 0.5 for two on one GPU (default: 0, the CPU)",
+            None,
+            lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and (0 <= v <= 1),
+            "a number from 0 to 1",
+        ),
+        "project": Key("folder that holds the folder of results", **PATH),
+        "name": Key("name of the folder of results in `project`", **PATH),
+        "out": Key("the folder of results itself, in place of project/name", **PATH),
+    }
+)
+"""Keys of every plan on how and where its trainings run."""
+
+READY_MADE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        # The recipe of a widely copied article: no Hessian update ever, so h = 0 and each step is the sign of the
+        # momentum, behind Ultralytics' norm clip and at its default learning rate.
+        "blog": {
+            "optimizer": "yolo_sophia.SophiaG",
+            "optimizer_args": {"betas": [0.937, 0.999], "rho": 0.04, "weight_decay": 0.0},
+            "lr0": 0.01,
+        },
+        # timm's own AdamW has the mask of arXiv 2411.16085 (pytorch_optimizer's AdamW is torch's, and has none).
+        "adamw-cautious": {"optimizer": "timm.optim.AdamWLegacy", "optimizer_args": {"caution": True}},
+    }
+)
+"""Arms by name: the class that people paste, and a control for the cautious mask."""
+
+DECIDED: Mapping[str, str] = MappingProxyType(
+    {
+        "seed": "use seeds=...",
+        "optimizer": "use optimizers=..., or name it in an arm",
+        "data": "it is the plan's, the same for every arm",
+        "epochs": "they are the plan's, the same for every arm",
+        "resume": "rerun the same command to resume",
+        "exist_ok": "rerun the same command to resume, or use another project= or name=",
+        "project": "it belongs to the plan",
+        "name": "it belongs to the plan",
+        "save_dir": "use project= and name=",
+    }
+)
+"""Ultralytics' arguments that a plan decides, and what to use instead."""
+
+MINIMUMS: Mapping[str, float] = MappingProxyType(
+    {
+        "nbs": 1,
+        "patience": 0,
+        "mask_ratio": 1,
+        "max_det": 1,
+        "close_mosaic": 0,
+        "warmup_epochs": 0,
+        "time": 0,
+    }
+)
+"""Smallest values of Ultralytics' arguments that not every version checks before it uses them."""
+
+
+def read_keys(content: Mapping[str, Any], keys: Mapping[str, Key]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a mapping into the plan's own keys, checked and complete, and Ultralytics' arguments.
+
+    Raises:
+        ValueError: An own key has a value that is not accepted, or data or model is missing.
+    """
+    content = dict(content)
+    if missing := [key for key in ("data", "model") if content.get(key) in (None, "", [], ())]:
+        raise ValueError(f"the plan lacks {' and '.join(missing)}: add {' '.join(f'{key}=...' for key in missing)}.")
+    own: dict[str, Any] = {}
+    for key, spec in keys.items():
+        value = content.pop(key, None)
+        own[key] = spec.default if value is None else value
+        if value is not None and not spec.valid(value):
+            raise ValueError(f"{key}={value!r}: expected {spec.expected}.")
+    return own, content
+
+
+def read_arguments(content: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+    """The Ultralytics arguments that every arm has in common, checked as far as they do not depend on the arm.
+
+    Raises:
+        ValueError: An argument is not known, or is decided by the plan.
+    """
+    common = {"epochs": 100, **content}
+    common["epochs"] = _as_int(common["epochs"])
+    if not is_int(1)(common["epochs"]):
+        raise ValueError(f"epochs={common['epochs']!r}: expected a whole number >= 1.")
+    check_known(common, "the plan", keys)
+    check_free(common, "the plan", {"epochs"})
+    if not is_path(common["model"]):
+        raise ValueError(f"model={common['model']!r}: expected a path or a name.")
+    return common
+
+
+def _as_int(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def read_data(given: Any) -> tuple[str, ...]:
+    """Data YAMLs with different names.
+
+    Raises:
+        ValueError: One is not a path, or two have the same name.
+    """
+    if not all(map(is_path, as_list(given))):
+        raise ValueError(f"data={given!r}: expected a data YAML, or a list of them.")
+    data = tuple(map(str, as_list(given)))
+    if len({data_name(d) for d in data}) < len(data):
+        raise ValueError(f"data={list(data)}: expected different names, found {[data_name(d) for d in data]}.")
+    return data
+
+
+def read_seeds(given: Any, first: int = 0) -> tuple[int, ...]:
+    """Seeds from their number, counted from `first`, or from a list.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    counted = is_int(1, MAX_SEEDS)(given)
+    seeds = tuple(range(first, first + given)) if counted else tuple(given) if isinstance(given, (list, tuple)) else ()
+    if not seeds or not all(map(is_int(0, MAX_SEED), seeds)) or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"seeds={given!r}: expected a number >= 1, or a list of different whole numbers >= 0 (at most "
+            f"{MAX_SEEDS} seeds, none above {MAX_SEED})."
+        )
+    return seeds
+
+
+def read_out(own: Mapping[str, Any], project: str, name: str) -> Path:
+    """The folder of results: `out`, or `project`/`name` with these defaults.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if own["out"] is not None and (both := [key for key in ("project", "name") if own[key] is not None]):
+        raise ValueError(f"out={own['out']} and {both[0]}={own[both[0]]}: use one of them.")
+    if own["out"] is not None:
+        return Path(str(own["out"]))
+    return Path(str(own["project"] or project), str(own["name"] or name))
+
+
+def read_arms(optimizers: Any, arms: Any) -> tuple[Arm, ...]:
+    """Arms from `optimizers` (names) and `arms` (name -> arguments); a name given twice is an A/A control.
+
+    Raises:
+        ValueError: There is none, one has no valid name, or an argument is not known.
+    """
+    if arms is not None and not isinstance(arms, dict):
+        raise ValueError(f"arms: found {type(arms).__name__}, expected a mapping of names to arguments.")
+    names = as_list(optimizers) if optimizers else []
+    if not all(map(is_path, names)):
+        raise ValueError(f"optimizers={optimizers!r}: expected names.")
+    named: list[tuple[str, Mapping[str, Any]]] = [(str(name), {}) for name in names]
+    for name, arguments in (arms or {}).items():
+        if arguments is not None and not isinstance(arguments, dict):
+            raise ValueError(f"arms: {name}: found {arguments!r}, expected a mapping of arguments.")
+        named.append((str(name), arguments or {}))
+    if not named:
+        raise ValueError("the plan has no arms: add optimizers=SophiaG,AdamW, or `arms` in the plan file.")
+    made: list[Arm] = []
+    for name, arguments in named:
+        unique, count = name, 0
+        while unique in {arm.name for arm in made}:
+            count += 1
+            unique = f"{name}-again{count}"
+        check_name("arm ", unique)
+        complete = {"optimizer": name, **READY_MADE.get(name, {}), **arguments}
+        check_known(complete, f"arm {name}")
+        made.append(Arm(unique, MappingProxyType(complete)))
+    return tuple(made)
+
+
+def check_arm(arm: Arm, common: Mapping[str, Any]) -> None:
+    """Check the arguments of an arm as its trainings will.
+
+    Raises:
+        ValueError: One is decided by the plan, or has a wrong value.
+    """
+    check_free(arm.arguments, f"arm {arm.name}", {"optimizer"})
+    check_values({**common, **arm.arguments}, f"arm {arm.name}")
+
+
+def check_known(arguments: Mapping[str, Any], where: str, keys: Mapping[str, Key] = MappingProxyType({})) -> None:
+    """Refuse arguments that a training does not have.
+
+    Raises:
+        ValueError: One is not known; the message has the most similar one.
+    """
+    from yolo_sophia.integration.arguments import known_arguments
+
+    known = known_arguments()
+    for key in arguments:
+        if key not in known:
+            raise ValueError(f"{where}: {key!r} is not a known argument.{suggestion(key, [*known, *keys])}")
+
+
+def check_free(arguments: Mapping[str, Any], where: str, free: set[str]) -> None:
+    """Refuse what the plan would override, except what is `free` here.
+
+    Raises:
+        ValueError: One of `DECIDED`, or several devices, is among the arguments.
+    """
+    for key, hint in DECIDED.items():
+        if key in arguments and key not in free:
+            raise ValueError(f"{where}: {key} is decided by the plan: {hint}.")
+    device = ",".join(map(str, as_list(arguments.get("device", ""))))
+    if "," in device:
+        raise ValueError(f"{where}: device={device}: a training has one; use devices=... to spread the trainings.")
+
+
+def check_values(arguments: Mapping[str, Any], where: str) -> None:
+    """Check arguments as a trainer will, and those that Ultralytics uses before it checks them.
+
+    Raises:
+        ValueError: A value is of the wrong kind or out of range; the message names its key.
+    """
+    from yolo_sophia.integration.arguments import judge
+
+    for key, value in arguments.items():
+        if (problem := _problem(key, value)) is not None:
+            raise ValueError(f"{where}: {key}={value!r}: expected {problem}.")
+    try:
+        judge(arguments)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _problem(key: str, value: Any) -> str | None:
+    """What was expected of a value that is out of range; wrong kinds are found by Ultralytics."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if key in MINIMUMS and number and not value >= MINIMUMS[key]:
+        return f"a number >= {MINIMUMS[key]:g}"
+    if key == "batch" and number and not (value == -1 or 0 < value < 1 or (value >= 1 and value == int(value))):
+        return "a whole number >= 1, or -1 or a fraction of the GPU's memory for AutoBatch"
+    if key == "imgsz" and not (1 <= len(as_list(value)) <= 2 and all(map(is_int(1), map(_as_int, as_list(value))))):
+        return "a whole number >= 1"
+    if key == "fraction" and number and value <= 0:
+        return "a number above 0"
+    return None
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list or tuple as a list, anything else as a list of one."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_engine(own: Mapping[str, Any]) -> None:
+    """Refuse keys that the engine ignores: Ray itself places the trainings.
+
+    Raises:
+        ValueError: Such a key is given.
+    """
+    mine, others = ("cpus", "gpus"), ("workers", "devices")
+    if own["engine"] == "local":
+        mine, others = others, mine
+    for key in others:
+        if own[key] not in (None, (), []):
+            raise ValueError(f"{key}={own[key]!r} is not for engine={own['engine']}: use {' and '.join(mine)} instead.")
+
+
+def check_data(plan: BasePlan) -> None:
+    """Refuse a plan whose data YAMLs are not there; their images may still have to be downloaded.
+
+    Raises:
+        ValueError: One is not, or it names no training images.
+    """
+    from yolo_sophia.integration.measure import count_images
+
+    for data in plan.data if plan.engine == "local" else ():  # on a cluster, the nodes have them
+        count_images(data)
+
+
+def to_yaml(content: Mapping[str, Any]) -> str:
+    """A plan as a file that `plan=` reads back to the same plan; what is None is left out."""
+    return yaml.safe_dump(plain(content), sort_keys=False, allow_unicode=True)
+
+
+def plain(value: Any) -> Any:
+    """A value in the types of YAML; a tuple, which a word such as `classes=0,3` gives, becomes that word."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, tuple):
+        return repr(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
