@@ -1,9 +1,10 @@
-"""Checkpoints that are whole: whenever the process is killed, a file is the old one or the new one.
+"""Atomic checkpoints: whenever a process is killed, a checkpoint has its old or its new content.
 
-Ultralytics writes last.pt, best.pt and epochN.pt in place (BaseTrainer.save_model), and takes the optimizer out of two
-of them in place at the end (strip_optimizer in BaseTrainer.final_eval). The rule: for a trainer that asked for Sophia
-both write into a folder beside the checkpoints, and each file takes its name in one rename. What is in that folder is
-never read.
+Ultralytics writes last.pt, best.pt and epochN.pt in place (`BaseTrainer.save_model`), and removes the optimizer from
+two of them in place at the end (`strip_optimizer` in `BaseTrainer.final_eval`). For a trainer with a Sophia optimizer
+both write into a staging folder beside the checkpoints, and each file is moved to its name in one rename. Staging
+folders are never read. Each has a random name and a lock that its process holds, so several trainings can share a
+folder, and a folder whose lock is free was left by a killed process.
 """
 
 from __future__ import annotations
@@ -11,66 +12,98 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from ultralytics.utils import LOGGER
 
 from yolo_sophia.atomic import flush_to_disk, replace_with_retry
 
-PARTIAL = ".partial"
-"""Name of the folder beside the checkpoints; one that a killed process left is replaced by the next to write."""
+STAGING = ".partial"
+"""How the names of staging folders begin."""
+LOCK = ".lock"
 
-_STRIPS_WHOLE: ContextVar[bool] = ContextVar("strips_whole", default=False)
+_STRIP_ATOMICALLY: ContextVar[bool] = ContextVar("strip_atomically", default=False)
 
 
 @contextlib.contextmanager
-def folder_beside(weights: Path) -> Iterator[Path]:
-    """An empty folder to write into; what is in it at the end replaces the files of these names in `weights`.
+def staged(weights: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into; its files then replace those of the same names in `weights`.
 
-    last.pt is moved last: killed before that, a training repeats its epoch, and best.pt with it.
+    last.pt is moved last: a training that is killed before that repeats its epoch, and writes best.pt again.
     """
-    partial = weights / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    remove_stale(weights)
+    folder, lock = _locked_folder(weights)
     try:
-        yield partial
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == "last.pt"):
+        yield folder
+        written = [path for path in folder.iterdir() if path.name != LOCK]
+        for path in sorted(written, key=lambda path: path.name == "last.pt"):
             flush_to_disk(path)
             replace_with_retry(path, weights / path.name)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        lock.release()  # first: Windows does not delete a file that is open
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_whole(trainer: Any, save: Callable[[], Any]) -> Any:
-    """Call `save`, which is the trainer's `save_model`, with its paths in a folder beside; returns what it does."""
-    paths = {name: getattr(trainer, name) for name in ("wdir", "last", "best")}
-    with folder_beside(paths["wdir"]) as partial:
+def _locked_folder(weights: Path) -> tuple[Path, FileLock]:
+    """Make a staging folder and lock it."""
+    while True:
+        folder = weights / f"{STAGING}-{uuid.uuid4().hex[:12]}"
+        folder.mkdir(parents=True)
+        lock = FileLock(folder / LOCK)
         try:
-            vars(trainer).update(wdir=partial, last=partial / paths["last"].name, best=partial / paths["best"].name)
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue  # another process took the folder for a stale one before it was locked
+        except NotImplementedError:
+            return folder, lock  # no locks on this file system: nothing is considered stale there either
+        if (folder / LOCK).exists():
+            return folder, lock
+        lock.release()
+
+
+def remove_stale(weights: Path) -> None:
+    """Remove the staging folders of processes that were killed."""
+    for folder in weights.glob(f"{STAGING}*"):
+        with contextlib.suppress(Timeout, NotImplementedError, OSError), FileLock(folder / LOCK, timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # Windows keeps the lock file until it is released
+
+
+def save_atomically(trainer: Any, save: Callable[[], Any]) -> Any:
+    """Call `save`, the trainer's `save_model`, with the trainer's paths in a staging folder; return its result."""
+    paths = {name: getattr(trainer, name) for name in ("wdir", "last", "best")}
+    with staged(paths["wdir"]) as folder:
+        try:
+            vars(trainer).update(wdir=folder, last=folder / paths["last"].name, best=folder / paths["best"].name)
             return save()
         finally:
             vars(trainer).update(paths)
 
 
-def final_eval_whole(final_eval: Callable[[], Any]) -> Any:
-    """Call the trainer's `final_eval`; while it runs, in this thread, `strip_whole` is what its name says."""
-    token = _STRIPS_WHOLE.set(True)
+def final_eval_atomically(final_eval: Callable[[], Any]) -> Any:
+    """Call the trainer's `final_eval`; meanwhile `strip_atomically` is in effect in this thread."""
+    token = _STRIP_ATOMICALLY.set(True)
     try:
         return final_eval()
     finally:
-        _STRIPS_WHOLE.reset(token)
+        _STRIP_ATOMICALLY.reset(token)
 
 
-def strip_whole(strip_optimizer: Callable, f: str | Path = "best.pt", s: str = "", *rest: Any, **kwargs: Any) -> Any:
-    """Ultralytics' `strip_optimizer` with its arguments; in a `final_eval_whole` it writes into a folder beside."""
-    if not _STRIPS_WHOLE.get():
+def strip_atomically(
+    strip_optimizer: Callable, f: str | Path = "best.pt", s: str = "", *rest: Any, **kwargs: Any
+) -> Any:
+    """Ultralytics' `strip_optimizer` with its arguments; in `final_eval_atomically` it writes into a staging folder."""
+    if not _STRIP_ATOMICALLY.get():
         return strip_optimizer(f, s, *rest, **kwargs)
     target = Path(s or f)
-    with folder_beside(target.parent) as partial, reworded(f" saved as {partial / target.name},", ""):
-        return strip_optimizer(f, str(partial / target.name), *rest, **kwargs)
+    with staged(target.parent) as folder, reworded(f" saved as {folder / target.name},", ""):
+        return strip_optimizer(f, str(folder / target.name), *rest, **kwargs)
 
 
 @contextlib.contextmanager

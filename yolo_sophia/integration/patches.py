@@ -207,9 +207,9 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
 
     def strip_optimizer(original: Callable) -> Callable:
         def wrapper(*args, **kwargs):
-            from yolo_sophia.integration.checkpoints import strip_whole
+            from yolo_sophia.integration.checkpoints import strip_atomically
 
-            return strip_whole(original, *args, **kwargs)
+            return strip_atomically(original, *args, **kwargs)
 
         return wrapper
 

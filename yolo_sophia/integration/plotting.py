@@ -28,14 +28,15 @@ def plot_sophia(results: str | Path) -> Path:
         The path of sophia.png.
 
     Raises:
-        ValueError: The file has no such columns.
+        ValueError: The file has no rows with such columns.
     """
     from matplotlib.figure import Figure
 
     results = Path(results)
     with results.open(newline="", encoding="utf-8") as file:
         rows = [{k.strip(): v for k, v in row.items() if k} for row in csv.DictReader(file, skipinitialspace=True)]
-    if not rows or "sophia/clip_fraction" not in rows[0]:
+    rows = [row for row in rows if _is_complete(row)]  # a training that shares the folder may have written others
+    if not rows:
         raise ValueError(f"{results} has no sophia/ columns: it is not the results.csv of a SophiaG run.")
     epochs = [float(row["epoch"]) for row in rows]
     figure = Figure(figsize=(13, 6.5), layout="constrained")
@@ -63,3 +64,14 @@ def plot_sophia(results: str | Path) -> Path:
     figure.savefig(buffer, format="png", dpi=150)
     atomic_write(target, buffer.getvalue())
     return target
+
+
+def _is_complete(row: dict[str, str | None]) -> bool:
+    """Whether a row of results.csv has a number in every column that is drawn."""
+    names = ["epoch", *(f"sophia/{name}" for _, drawn, _ in PANELS for name in drawn), "sophia/refreshes"]
+    try:
+        for name in (*names, "sophia/dropped"):
+            float(row[name])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True

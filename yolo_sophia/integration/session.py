@@ -27,7 +27,7 @@ from ultralytics.utils import LOGGER, RANK
 
 from yolo_sophia.curvature import Estimator, Hutchinson
 from yolo_sophia.curvature.noise import noise_seed
-from yolo_sophia.integration.checkpoints import final_eval_whole, save_whole
+from yolo_sophia.integration.checkpoints import final_eval_atomically, save_atomically
 from yolo_sophia.integration.criteria import Recorder, recorder_for
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.subsample import images_in_part, loss_of_part
@@ -84,8 +84,8 @@ class Session:
         self._bind(trainer, "optimizer_step", self._optimizer_step)
         self._bind(trainer, "save_metrics", self._save_metrics)
         self._bind(trainer, "plot_metrics", self._plot_metrics)
-        self._bind(trainer, "save_model", lambda save: save_whole(trainer, save))
-        self._bind(trainer, "final_eval", final_eval_whole)
+        self._bind(trainer, "save_model", lambda save: save_atomically(trainer, save))
+        self._bind(trainer, "final_eval", final_eval_atomically)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._commit()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -345,8 +345,12 @@ class Session:
         from yolo_sophia.integration.plotting import plot_sophia
 
         original()
-        picture = plot_sophia(self.trainer.csv)
-        self.trainer.on_plot(picture)
+        try:
+            picture = plot_sophia(self.trainer.csv)
+        except (OSError, ValueError) as error:  # a picture is no reason to end a training, as with results.png
+            LOGGER.warning(f"sophia.png was not drawn: {error}")
+        else:
+            self.trainer.on_plot(picture)
 
 
 def is_ultralytics_own(method: Callable) -> bool:
