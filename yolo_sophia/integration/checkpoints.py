@@ -25,7 +25,6 @@ from yolo_sophia.atomic import flush_to_disk, replace_with_retry
 
 STAGING = ".partial"
 """How the names of staging folders begin."""
-LOCK = ".lock"
 
 _STRIP_ATOMICALLY: ContextVar[bool] = ContextVar("strip_atomically", default=False)
 
@@ -37,42 +36,44 @@ def staged(weights: Path) -> Iterator[Path]:
     last.pt is moved last: a training that is killed before that repeats its epoch, and writes best.pt again.
     """
     remove_stale(weights)
-    folder, lock = _locked_folder(weights)
-    try:
-        yield folder
-        written = [path for path in folder.iterdir() if path.name != LOCK]
-        for path in sorted(written, key=lambda path: path.name == "last.pt"):
-            flush_to_disk(path)
-            replace_with_retry(path, weights / path.name)
-    finally:
-        lock.release()  # first: Windows does not delete a file that is open
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _locked_folder(weights: Path) -> tuple[Path, FileLock]:
-    """Make a staging folder and lock it."""
-    while True:
-        folder = weights / f"{STAGING}-{uuid.uuid4().hex[:12]}"
-        folder.mkdir(parents=True)
-        lock = FileLock(folder / LOCK)
+    folder = weights / f"{STAGING}-{uuid.uuid4().hex[:12]}"
+    weights.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(NotImplementedError):  # without locks nothing is considered stale
+            stack.enter_context(_lock_of(folder))  # before the folder exists: an unlocked folder is a stale one
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            continue  # another process took the folder for a stale one before it was locked
-        except NotImplementedError:
-            return folder, lock  # no locks on this file system: nothing is considered stale there either
-        if (folder / LOCK).exists():
-            return folder, lock
-        lock.release()
+            folder.mkdir()
+            yield folder
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "last.pt"):
+                flush_to_disk(path)
+                replace_with_retry(path, weights / path.name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_stale(weights: Path) -> None:
     """Remove the staging folders of processes that were killed."""
     for folder in weights.glob(f"{STAGING}*"):
-        with contextlib.suppress(Timeout, NotImplementedError, OSError), FileLock(folder / LOCK, timeout=0):
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # Windows keeps the lock file until it is released
+        if folder.is_dir():
+            with contextlib.suppress(Timeout, NotImplementedError), _lock_of(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock_of(folder: Path) -> Iterator[None]:
+    """Hold the lock of a staging folder, a file beside it.
+
+    Raises:
+        filelock.Timeout: Another process or thread holds it.
+        NotImplementedError: The file system has no locks.
+    """
+    path = folder.with_name(f"{folder.name}.lock")
+    with FileLock(path, timeout=0):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows: it is open, and removed on release
+                path.unlink()
 
 
 def save_atomically(trainer: Any, save: Callable[[], Any]) -> Any:
