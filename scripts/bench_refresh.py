@@ -1,14 +1,14 @@
-"""Epoch time and peak memory of SophiaG (or another optimizer) over AdamW, YOLOv8n, batch 16, two trainings by turns.
+"""Epoch time and peak memory of SophiaG (or another optimizer) over AdamW: YOLOv8n, batch 16, alternating trainings.
 
 Usage: python scripts/bench_refresh.py [imgsz=160] [nbs=16] [seconds=150] [optimizer=SophiaG] [file=batches.jsonl]
-       [key=value ...]     (other keys: Ultralytics arguments, Sophia's own for the second training alone)
+       [key=value ...]     (other keys: Ultralytics arguments; Sophia's apply to the second training only)
 
-Each training is a process of its own, and only one runs at a time, for two micro-batches. Data loading is included. A
-micro-batch belongs to an optimizer step with a refresh or to one without, and has its place in it: the time of a cycle
-of hessian_interval = 10 is made up of the medians of these kinds. While they are measured every third step has a
-refresh, so that a short call sees enough of both; the monitor's sample of every tenth step is not in the medians.
-Rows are added to `file` and read back from it: several short calls make one long measurement. On a machine with other
-work the CPU time tells more than the clock (OMP_NUM_THREADS=1: idle threads count as work).
+Each training is a process of its own. Only one runs at a time, for two micro-batches. Data loading is included. A
+micro-batch belongs to an optimizer step with or without a Hessian update and has a position in it; the time of a cycle
+of hessian_interval = 10 is the sum of the medians of these kinds. During the measurement every third step has a Hessian
+update, so that a short call sees enough of both; the monitor's sample of every tenth step is not in the medians. Rows
+are appended to `file` and read from it, so several short calls make one long measurement. On a machine with other work
+the CPU time is more reliable than wall-clock time (OMP_NUM_THREADS=1: idle threads count as work).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Checks of a release: `python scripts/check_dist.py dist` (make dist builds it first).
+"""Checks of a release: `python scripts/check_dist.py dist` (`make dist` builds it first).
 
-What is in the wheel and the sdist, what their metadata say, and whether each, installed into an environment of its own
-and used outside the source tree, does the main job: plain `yolo train ... optimizer=SophiaG`. torch and what else
-Ultralytics needs are shared from this interpreter's environment by a line in a .pth file; Ultralytics itself is
-installed beside the package, for its `yolo`.
+The script checks the contents and the metadata of the wheel and the sdist. It installs each into an environment of its
+own, outside the source tree, and runs a plain `yolo train ... optimizer=SophiaG` there. torch and the other
+requirements of Ultralytics are shared from this interpreter's environment by a line in a .pth file; Ultralytics itself
+is installed beside the package, for its `yolo` command.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""The COCO study: compare optimizers, score the final weights with COCO's metrics, write both into one report.
+"""The COCO study: compare optimizers and score the final weights with COCO's metrics, in one report.
 
 Usage:
     python scripts/compare_coco.py [key=value ...]
     python scripts/compare_coco.py devices=0,1 model=yolov8s.yaml dry_run=True
     python scripts/compare_coco.py small=True data=path/to/data.yaml model=path/to/weights.pt
 
-Keys are those of `yolo-sophia compare` (`--key value` is read as well), on top of configs/compare/coco.yaml, the full
-study, whose comments say what each default is for. And those of this script:
+The keys are those of `yolo-sophia compare` (`--key value` is accepted too). They override configs/compare/coco.yaml,
+the full study, whose comments explain each default. This script adds:
 
     small=True        start from configs/compare/coco-small.yaml: 160 px, 3 epochs, 2 seeds, for any small data set
     plan=FILE         start from another plan
     arms=A,B          only these arms of the plan (`optimizers=` adds arms)
-    subset=N          train on the first N training images by file name: Ultralytics' `fraction=`, the same images in
-                      every arm and seed; validation stays whole
-    annotations=FILE  COCO annotations of the validation images; by default COCO's own where they are there, else
-                      they are written from the YOLO labels
+    subset=N          train on the first N training images by file name (Ultralytics' `fraction=`), the same images in
+                      every arm and seed; the validation set stays complete
+    annotations=FILE  COCO annotations of the validation images; by default COCO's own if they exist, else they are
+                      written from the YOLO labels
 
-Running the same command again goes on where it stopped. COCO metrics are those of full-length runs (horizon 1.0).
+Rerun the same command to resume. COCO metrics are those of full-length runs (horizon 1.0).
 """
 
 from __future__ import annotations

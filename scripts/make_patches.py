@@ -1,9 +1,9 @@
-"""Write patches/ultralytics-VERSION.patch: the seams as source lines, for forks of Ultralytics.
+"""Write patches/ultralytics-VERSION.patch: the integration as source lines, for forks of Ultralytics.
 
-The patch only adds lines, all of them ours, at the end of the modules with seams; it has no context lines, so it holds
-nothing of Ultralytics' and applies with `git apply --unidiff-zero`.
+A patch only adds lines of this project at the end of the patched modules. It has no context lines, so it contains
+nothing of Ultralytics and applies with `git apply --unidiff-zero`.
 
-Usage: python scripts/make_patches.py VERSION [VERSION ...]     (fetches each wheel with pip)
+Usage: python scripts/make_patches.py VERSION [VERSION ...]     (downloads each wheel with pip)
 """
 
 from __future__ import annotations

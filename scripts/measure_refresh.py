@@ -1,16 +1,16 @@
-"""What an estimate of h costs and how good it is, by how it is made; and the picture of both.
+"""Cost and quality of a Hessian estimate, by the way it is made, and a picture of both.
 
     python scripts/measure_refresh.py run OUT.json model=... data=... [steps=0] [batches=80] [key=value ...]
     python scripts/measure_refresh.py draw PICTURE.png A.json [B.json ...]
 
-`run` trains for some AdamW steps, then holds the weights and draws `batches` estimates of every way in turn, each from
-another augmented batch and other sampled labels. Reference is the mean of the estimates from all images. The rule: even
-and odd batches are summed apart, so that a squared distance of means is a product of two independent ones and has no
-bias from noise. Per parameter tensor, relative to the squared norm of the reference:
+`run` trains for some AdamW steps, then holds the weights fixed and makes `batches` estimates in every way in turn, each
+from another augmented batch and other sampled labels. The reference is the mean of the estimates from all images. Even
+and odd batches are summed separately, so that a squared distance of means is a product of two independent ones and has
+no bias from noise. Per parameter tensor, relative to the squared norm of the reference:
     bias2  squared distance of the way's mean from the reference's
     var    variance of one estimate about its way's mean
 both as the 10 %, 50 % and 90 % quantile over the tensors; `trace` is the ratio of all sums. `cost` is CPU time over
-that of forward and backward pass of the whole batch.
+that of the forward and backward pass of the whole batch.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Train a tiny model for thousands of optimizer steps and show that nothing grows: memory, file handles, objects, time.
+"""Train a tiny model for thousands of steps and check that nothing grows: memory, file handles, objects, time.
 
     python scripts/soak.py [steps=3000] [output=FOLDER] [key=value of yolo train]...
 
-A fresh process trains on generated shapes, with a Hessian refresh at every tenth step (each step at first), a
-checkpoint and a validation per epoch. Once an epoch it writes a line of `soak.jsonl`: steps, resident memory, open file
-handles, live Python objects, tensors and state entries, median processor time of a step. Printed are the means, and the
-slopes after the first quarter with their standard errors: least squares over means of blocks of epochs, for neighbours
-are not independent. The exit code is 1 where a slope is positive by more than three standard errors and by more than an
-allowance over the whole run. With optimizer=AdamW it says what is Ultralytics' own.
+A fresh process trains on generated shapes, with a Hessian update in every tenth step (in each of the first steps), and
+a checkpoint and a validation per epoch. Once per epoch it appends a line to `soak.jsonl`: steps, resident memory, open
+file handles, live Python objects, tensors and state entries, median processor time of a step. It prints the means and
+the slopes after the first quarter with their standard errors (least squares over means of blocks of epochs, because
+neighbours are correlated). The exit code is 1 if a slope is positive by more than three standard errors and by more
+than an allowance over the whole run. optimizer=AdamW shows what is due to Ultralytics itself.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Show that this package leaves other optimizers alone: the same trainings with and without it, compared bit for bit.
+"""Check that this package does not affect other optimizers: the same trainings with and without it, bit for bit.
 
     python scripts/verify_bit_identity.py [optimizers=SGD,AdamW,MuSGD,auto] [output=FOLDER] [key=value of yolo train]...
 
-Two fresh interpreters train the same optimizers, one with the hooks set at its start, one with YOLO_SOPHIA_AUTOLOAD=0.
-Compared are the float32 weights and averaged weights, all tensors of the optimizer, and of last.pt; results.csv but for
-its time, and args.yaml but for paths. The exit code is 1 where anything differs. Without `data` the generated shapes of
+Two fresh interpreters train the same optimizers, one with the hooks active, one with YOLO_SOPHIA_AUTOLOAD=0. The script
+compares the float32 weights and averaged weights, all tensors of the optimizer and of last.pt, results.csv except for
+its time, and args.yaml except for paths. The exit code is 1 if anything differs. Without `data` the generated shapes of
 configs/data are used.
 """
 

@@ -1,11 +1,11 @@
-"""Show that a killed SophiaG training resumes with the very state it had: momentum, curvature, clock, and knobs.
+"""Check that a killed SophiaG training resumes with exactly its state: momentum, curvature, counters and settings.
 
     python scripts/verify_resume.py [output=FOLDER] [key=value of yolo train]...
 
-A fresh interpreter trains and dies right after the first epoch's last.pt is written. Two others resume from that one
-file, typing nothing but `resume`. Compared bit for bit are the optimizer's state in memory when the file was written,
-the state in the file, the state after loading, and what the two resumed runs end with. The exit code is 1 where
-anything differs. Without `data` the generated shapes of configs/data are used.
+A fresh interpreter trains and is killed right after the first epoch's last.pt is written. Two others resume from that
+file with no other argument than `resume`. The script compares bit for bit the optimizer's state in memory when the file
+was written, the state in the file, the state after loading, and the final states of the two resumed runs. The exit code
+is 1 if anything differs. Without `data` the generated shapes of configs/data are used.
 """
 
 from __future__ import annotations
