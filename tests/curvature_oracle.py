@@ -42,7 +42,8 @@ from yolo_sophia.curvature import (
     LossTerm,
     Quadratic,
 )
-from yolo_sophia.integration.criteria import DetectionRecorder, SignedGradientRecorder
+from yolo_sophia.integration.criteria.detect import DetectionRecorder
+from yolo_sophia.integration.criteria.model import HeadRecorder, signed_terms
 
 SIZE, IMAGES, CLASSES, BINS = 48, 3, 3, 4
 GAINS = {"box": 7.5, "cls": 0.5, "dfl": 1.5}
@@ -473,10 +474,10 @@ def check_case(name: str, run: Pass, exact: dict[str, Tensor], samples: int, see
 def mean_of_the_unknown(run: Pass, batch: dict[str, Tensor], samples: int = 500) -> Tensor:
     """Mean of estimates as if the criterion were not known, flat over the parameters."""
     run.model.criterion = run.criterion
-    recorder = SignedGradientRecorder(run.criterion, run.model)
+    recorder = HeadRecorder(run.model)
     recorder.start()
     run.model(batch)
-    terms, generator = recorder.terms(), Generator().manual_seed(0)
+    terms, generator = signed_terms(*recorder.outputs()), Generator().manual_seed(0)
     estimates = (GaussNewtonBartlett()(terms, run.params, generator) for _ in range(samples))
     return sum(flatten(estimate, run.params) for estimate in estimates) / samples
 

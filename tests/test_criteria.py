@@ -23,7 +23,7 @@ from ultralytics.utils import loss as losses
 from ultralytics.utils.metrics import probiou
 
 from yolo_sophia.curvature import Categorical, EmpiricalFisher, GaussNewtonBartlett, Quadratic, SignRandomised
-from yolo_sophia.integration.criteria import SignedGradientRecorder, recorder_for
+from yolo_sophia.integration.criteria import CriterionRecorder, recorder_for
 from yolo_sophia.integration.subsample import loss_of_part, take_part
 
 pytestmark = pytest.mark.compat
@@ -42,13 +42,13 @@ def double():
 
 
 def listen(model: nn.Module, batch: dict) -> SimpleNamespace:
-    """A pass through the model and its loss, with the product listening."""
-    recorder = recorder_for(model, model.criterion)
-    recorder.start()
+    """A pass through the model and its loss, recorded by the product."""
+    recorder = CriterionRecorder(model)
+    recorder.start(batch, len(batch["img"]))
     loss = model(batch)[0].sum()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     names, params = map(list, zip(*named))
-    return SimpleNamespace(recorder=recorder, loss=loss, terms=recorder.terms(), names=names, params=params)
+    return SimpleNamespace(recorder=recorder, loss=loss, terms=recorder.terms(loss), names=names, params=params)
 
 
 def diagonal(outputs: list, curvatures: list, params: list) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_classification_is_the_exact_diagonal(double):
 def test_no_parameter_with_a_gradient_is_without_curvature(task, two_heads):
     model, batch = build(task, two_heads), batch_of(task)
     run = listen(model, batch)
-    assert run.recorder.known and not run.recorder.recording
+    assert run.recorder.known
     gradients = torch.autograd.grad(run.loss, run.params, retain_graph=True, allow_unused=True)
     for estimate in (GaussNewtonBartlett(), EmpiricalFisher()):
         found = estimate(run.terms, run.params, Generator().manual_seed(0))
@@ -273,10 +273,15 @@ def rtdetr() -> tuple[nn.Module, dict]:
 
 
 def unknown(task: str, two_heads: bool = False) -> tuple[nn.Module, dict]:
-    """A model with a subclass of its criterion that is not Ultralytics' own."""
+    """A model whose criterion has the name and the callables of Ultralytics' own, and another value."""
     model = build(task, two_heads)
     kind = type(model.criterion)
-    model.criterion.__class__ = type(kind.__name__, (kind,), {"__module__": "elsewhere"})
+
+    def scaled(self, preds, batch):
+        loss, items = kind.__call__(self, preds, batch)
+        return 1.5 * loss, items
+
+    model.criterion.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__call__": scaled})
     return model, batch_of(task)
 
 
@@ -305,7 +310,7 @@ def test_unknown_losses_are_cut_at_the_outputs_of_the_model(name):
     torch.manual_seed(0)
     model, batch = STRANGERS[name]()
     run = listen(model, batch)
-    assert isinstance(run.recorder, SignedGradientRecorder) and not run.recorder.known
+    assert not run.recorder.known
     assert all(type(t) is SignRandomised for t in run.terms)
     outputs, gradients = [t.output for t in run.terms], [t.gradient for t in run.terms]
     pulled = torch.autograd.grad(outputs, run.params, gradients, retain_graph=True, allow_unused=True)
@@ -318,13 +323,12 @@ def test_unknown_losses_are_cut_at_the_outputs_of_the_model(name):
 
 
 def test_a_model_that_is_trained_without_its_loss_is_refused():
-    model, batch = unknown("detect")
-    recorder = recorder_for(model, model.criterion)
-    recorder.start()
-    model.criterion(model.predict(batch["img"]), batch)
+    model, batch = rtdetr()
+    recorder = CriterionRecorder(model)
+    recorder.start(batch, 2)
+    model.predict(batch["img"])
     with pytest.raises(RuntimeError, match=r"trained without its `loss`.*another optimizer"):
         recorder.terms()
-    assert not recorder.recording
 
 
 def test_world_models_share_the_detection_loss():

@@ -25,7 +25,9 @@ from yolo_sophia.curvature import (
     Quadratic,
 )
 from yolo_sophia.curvature.losses import cross_entropy
-from yolo_sophia.integration.criteria import DetectionRecorder, SignedGradientRecorder, recorder_for
+from yolo_sophia.integration.criteria import recorder_for
+from yolo_sophia.integration.criteria.detect import DetectionRecorder
+from yolo_sophia.integration.criteria.model import FunctionalLossRecorder
 
 SAMPLES = 12_000
 pytestmark = pytest.mark.compat
@@ -343,7 +345,7 @@ def test_categorical_sampling_stays_in_range_at_the_edges(monkeypatch):
 # The recorder -------------------------------------------------------------------------------------------------------
 
 
-def test_tap_gives_the_criterion_its_own_callables_back():
+def test_recorder_restores_the_callables_of_the_criterion():
     model, batch = oracle.tiny_detector(), oracle.random_batch()
     criterion = model.init_criterion()
     bce, bbox_loss = criterion.bce, criterion.bbox_loss
@@ -384,7 +386,7 @@ def test_tap_gives_the_criterion_its_own_callables_back():
     assert own()
 
 
-def test_tap_hears_nothing_of_an_earlier_call():
+def test_recorder_discards_an_earlier_call():
     model, batch = oracle.tiny_detector(), oracle.random_batch()
     criterion = model.init_criterion()
     recorder = DetectionRecorder(criterion)
@@ -396,15 +398,15 @@ def test_tap_hears_nothing_of_an_earlier_call():
     assert not recorder.recording
 
 
-def test_unknown_criteria_get_the_tap_that_needs_none():
+def test_recorders_are_selected_by_the_callables_of_a_criterion():
     from ultralytics.utils.loss import v8DetectionLoss
 
     model = oracle.tiny_detector()
-    subclass = type("v8DetectionLoss", (v8DetectionLoss,), {"__module__": "elsewhere"})
-    for criterion in (subclass(model), nn.MSELoss(), None):
-        recorder = recorder_for(model, criterion)
-        assert type(recorder) is SignedGradientRecorder and not recorder.known
-    assert recorder_for(model, model.init_criterion()).known
+    subclass = type("MyLoss", (v8DetectionLoss,), {"__module__": "elsewhere"})
+    for criterion in (subclass(model), model.init_criterion()):
+        assert type(recorder_for(model, criterion)) is DetectionRecorder
+    for criterion in (nn.MSELoss(), None):
+        assert type(recorder_for(model, criterion)) is FunctionalLossRecorder
 
 
 def test_a_moved_bbox_loss_is_refused():
@@ -415,9 +417,9 @@ def test_a_moved_bbox_loss_is_refused():
             """Renamed anchor_points."""
 
     criterion.bbox_loss = Moved()
-    with pytest.raises(RuntimeError, match=r"BboxLoss\.forward takes .*'anchors'.*expected .*'anchor_points'"):
+    with pytest.raises(RuntimeError, match=r"bbox_loss\.forward takes .*'anchors'.*expected .*'anchor_points'"):
         DetectionRecorder(criterion)
     criterion = oracle.tiny_detector().init_criterion()
     del criterion.bce
-    with pytest.raises(RuntimeError, match="moved the detection loss"):
+    with pytest.raises(RuntimeError, match="and a callable `bce`"):
         DetectionRecorder(criterion)

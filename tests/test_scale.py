@@ -103,7 +103,7 @@ class Watched(DetectionTrainer):
                 index=session.clock["refresh_index"] - 1,
                 step=len(self.windows),
                 counted=list(self.counted),
-                images=(session.window_images, session.staged_images),
+                images=(sum(session.window_batches), session.staged_images),
                 raw=torch.cat(
                     [torch.zeros_like(p).flatten() if e is None else e.flatten() for e, p in zip(raw, self.params)]
                 ),

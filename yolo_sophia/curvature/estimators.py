@@ -44,6 +44,8 @@ def _squared_pullback(
     cotangent: Callable[[LossTerm], Tensor], terms: Sequence[LossTerm], params: Sequence[Tensor], scale: float
 ) -> list[Tensor | None]:
     """Pull the cotangents of all terms back to the parameters in one vector-Jacobian product, and square."""
+    if not terms:
+        return [None for _ in params]
     outputs = [term.output for term in terms]
     # Cotangents are made in float32 and are final: autocast must touch neither them nor the pass, whoever calls.
     with no_autocast(outputs[0].device):

@@ -159,11 +159,13 @@ class Quadratic:
         output: Outputs f, shape (..., d).
         root: A with A A^T the curvature of a row, coefficient included, shape (..., d, r).
         gradient: Gradient of the loss over the root of its coefficient, shape (..., d); used by `observed` only.
+        coefficient: Coefficient of the loss, broadcastable to the gradient.
     """
 
     output: Tensor
     root: Tensor
     gradient: Tensor | None = None
+    coefficient: Tensor | None = None
 
     def sampled(self, generator: Generator | None) -> Tensor:
         """A e, e ~ Normal(0, I)."""

@@ -13,7 +13,6 @@ from yolo_sophia.curvature import ESTIMATORS, Hutchinson
 from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer, resolve
 from yolo_sophia.integration.auto_lr import AUTO, factor_for, is_new
 from yolo_sophia.integration.checkpoints import reworded
-from yolo_sophia.integration.criteria import recorder_for
 from yolo_sophia.integration.external_optimizer import build_dotted
 from yolo_sophia.integration.session import Session, compiled, unwrap
 from yolo_sophia.optim import SophiaG, SophiaH
@@ -34,7 +33,6 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
 
     Raises:
         NotImplementedError: SophiaH is asked for where a loss cannot be differentiated twice.
-        RuntimeError: Ultralytics changed the form of the model's loss.
     """
     previous = vars(trainer).pop("_sophia", None)
     if previous is not None:  # an out-of-memory restart of Ultralytics < 8.4 builds its optimizer again
@@ -67,7 +65,6 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         optimizer: SophiaBase = SophiaH(groups, **settings, k=None)
         trainer._sophia = Session(trainer, optimizer, Hutchinson())
     else:
-        report_unknown(trainer)
         optimizer = SophiaG(groups, **settings)
         trainer._sophia = Session(trainer, optimizer, ESTIMATORS[knobs["hessian_estimator"]]())
     return optimizer
@@ -95,21 +92,6 @@ def refuse_once_differentiable(trainer: BaseTrainer) -> None:
         raise NotImplementedError(
             f"optimizer=SophiaH differentiates the loss twice, which does not work with {' and '.join(reasons)}. "
             f"Train with {', '.join(reasons.values())}, or use optimizer=SophiaG."
-        )
-
-
-def report_unknown(trainer: BaseTrainer) -> None:
-    """Say so where a model's loss is not known as a likelihood.
-
-    Raises:
-        RuntimeError: It is known, but Ultralytics changed its form.
-    """
-    model = unwrap(trainer.model)
-    recorder = recorder_for(model, model.init_criterion())
-    if not recorder.known and RANK in {-1, 0}:
-        LOGGER.info(
-            f"{colorstr('SophiaG:')} the likelihood of {type(recorder.criterion).__name__} is not known here: the "
-            "curvature is estimated from signed gradients of the model's outputs (docs/TASKS.md), so tune rho"
         )
 
 

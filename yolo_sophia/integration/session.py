@@ -28,7 +28,7 @@ from ultralytics.utils import LOGGER, RANK
 from yolo_sophia.curvature import Estimator, Hutchinson
 from yolo_sophia.curvature.noise import noise_seed
 from yolo_sophia.integration.checkpoints import final_eval_atomically, save_atomically
-from yolo_sophia.integration.criteria import Recorder, recorder_for
+from yolo_sophia.integration.criteria import CriterionRecorder, measured_images_exponent
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.subsample import images_in_part, loss_of_part
 from yolo_sophia.optim.base import SophiaBase
@@ -70,14 +70,16 @@ class Session:
         self.trainer, self.optimizer, self.estimator = trainer, optimizer, estimator
         self.monitor = Monitor(optimizer)
         self._built = [{key: own for key, own in g.items() if key != "params"} for g in optimizer.param_groups]
-        self.tap: Recorder | None = None
+        self.recorder = CriterionRecorder(unwrap(trainer.model))
+        self.loss_exponent: int | None = None  # of the number of images; measured for Hutchinson's estimates
         self.largest_scale = math.inf  # for estimates in float16
         self.listening = False  # whether the pass that is under way gives an estimate
         self.skipped = False  # whether memory did not suffice for the one that is staged
         self.steps_skipped = 0
         self.staged: list[Tensor | None] | None = None
         self.unreached: list[Tensor] = []
-        self.staged_images = self.window_images = self.batch_images = 0
+        self.staged_images = self.batch_images = 0
+        self.window_batches: list[int] = []  # images of each micro-batch accumulated for the next step
         self._bound: list[tuple[Any, str]] = []
         self._bind(trainer, "preprocess_batch", self._preprocess_batch)
         self._bind(trainer.scaler, "scale", self._scale)
@@ -106,8 +108,7 @@ class Session:
         self._disarm()
 
     def _disarm(self) -> None:
-        if self.tap is not None:
-            self.tap.stop()
+        self.recorder.stop()
 
     # The clock ------------------------------------------------------------------------------------------------------
 
@@ -134,12 +135,12 @@ class Session:
         self.batch_images = batch["img"].shape[0]
         # Gradients are what a window is made of: where there are none, whoever cleared them, a new window begins.
         if not any(p.grad is not None for p in self._parameters()):
-            self.window_images, self.staged = 0, None
-        if self.staged is None and self.window_images == 0 and self._due():
+            self.window_batches, self.staged = [], None
+        if self.staged is None and not self.window_batches and self._due():
             start = time.perf_counter()
             model = unwrap(self.trainer.model)
-            self._listen(model, batch)
             self.staged_images = images_in_part(self.batch_images, self.clock["hessian_fraction"])
+            self._listen(model, batch)
             # A compiled graph is used up by its first backward pass (donated buffers), and in DistributedDataParallel
             # with static_graph, which Ultralytics asks for then, the first one of all sets off the reduction.
             if self.staged_images < self.batch_images or compiled(self.trainer.model):
@@ -151,21 +152,18 @@ class Session:
         return batch
 
     def _listen(self, model: Any, batch: dict[str, Any]) -> None:
-        """The next forward pass gives an estimate: arm the tap on the model's loss, where it takes loss terms."""
+        """The next forward pass gives an estimate: record the model's loss, where the estimator takes loss terms."""
         self.listening = True
-        if isinstance(self.estimator, Hutchinson):
-            return
-        # As BaseModel.loss does at its first call; but a YOLOE with visual prompts chooses its criterion there.
-        if getattr(model, "criterion", None) is None and batch.get("visuals") is None:
-            model.criterion = model.init_criterion()
-        criterion = getattr(model, "criterion", None)
-        if self.tap is None or self.tap.criterion is not criterion:
-            self.tap = recorder_for(model, criterion)
-        self.tap.start()
+        if self.recorder.model is not model:
+            self.recorder = CriterionRecorder(model)
+        if not isinstance(self.estimator, Hutchinson):
+            self.recorder.start(batch, self.staged_images)
+        elif self.loss_exponent is None and self.staged_images >= 2:
+            self.loss_exponent = measured_images_exponent(model, batch, self.staged_images)
 
     def _scale(self, original: Callable, loss: Any) -> Any:
         """Between forward and backward pass, outside autocast: estimate through the graph that is there."""
-        self.window_images += self.batch_images
+        self.window_batches.append(self.batch_images)
         if self.listening:
             start = time.perf_counter()
             self._estimate(lambda: loss)
@@ -211,7 +209,7 @@ class Session:
             if isinstance(self.estimator, Hutchinson):
                 estimates = iter(self.estimator(loss, params, torch.Generator(loss.device).manual_seed(seed)))
             else:
-                estimates = iter(self._estimates(params, loss.device, seed))
+                estimates = iter(self._estimates(loss, params, seed))
         else:  # nothing can be sampled from NaN; staged all the same, so that all ranks reduce and drop it together
             self._disarm()
             estimates = (torch.full_like(p, torch.nan) for p in params)
@@ -221,13 +219,13 @@ class Session:
         self.staged = [_or_zeros(e, p) if p.requires_grad else None for p, e in zip(everything, found)]
         self._tick(refresh_index=index + 1)
 
-    def _estimates(self, params: list[Tensor], device: torch.device, seed: int) -> list[Tensor | None]:
-        """Estimates from the terms that were heard; in float16, at a scale at which they do not overflow.
+    def _estimates(self, loss: Tensor, params: list[Tensor], seed: int) -> list[Tensor | None]:
+        """Estimates from the recorded terms; in float16, at a scale at which they do not overflow.
 
         The loss scale settles where the gradient just does not overflow. The sampled cotangents do not shrink as the
         loss is fitted, so at that scale they may: then the same labels are pulled back at a smaller one.
         """
-        terms, scaler = self.tap.terms(), self.trainer.scaler
+        terms, scaler, device = self.recorder.terms(loss), self.trainer.scaler, loss.device
         if not scaler.is_enabled():
             return self.estimator(terms, params, torch.Generator(device).manual_seed(seed), 1.0)
         scale = min(scaler.get_scale(), self.largest_scale)
@@ -266,7 +264,7 @@ class Session:
             original()
         if self.staged is not None:
             self._drop("with a step that was skipped")
-        self.window_images = 0
+        self.window_batches = []
 
     def _gradient_is_finite(self) -> bool:
         grads = [p.grad for p in self._parameters() if p.grad is not None]
@@ -284,9 +282,21 @@ class Session:
         if self.staged is not None:
             start = time.perf_counter()
             estimates = [e for e in self.staged if e is not None]
-            factor = reduce_over_ranks(estimates, self.window_images, self.staged_images)
+            hutchinson = isinstance(self.estimator, Hutchinson)
+            exponent = self.loss_exponent if hutchinson else self.recorder.estimate_exponent
+            factor, known = reduce_over_ranks(
+                estimates,
+                self.window_batches,
+                self.staged_images,
+                1 if exponent is None else exponent,
+                self.recorder.known,
+            )
             torch._foreach_mul_(estimates, factor)
-            if all_finite(estimates):
+            if known != self.recorder.known:
+                self.recorder.reject("found on another rank")
+            if known is None:
+                self._drop("that was made from different terms on the ranks")
+            elif all_finite(estimates):
                 if self.clock["hessian_updates"] == 0:
                     self._warn_of_the_unreached()
                 self.optimizer.update_hessian(self.staged)
@@ -367,7 +377,9 @@ def all_finite(tensors: list[Tensor]) -> bool:
     return not tensors or bool(torch.stack([t.sum() for t in tensors]).sum().isfinite())
 
 
-def reduce_over_ranks(estimates: list[Tensor], window_images: int, staged_images: int) -> float:
+def reduce_over_ranks(
+    estimates: list[Tensor], window_batches: list[int], staged_images: int, exponent: int, known: bool
+) -> tuple[float, bool | None]:
     """Sum estimates over the ranks, in place, and return the factor from the estimated images to the window's.
 
     Ultralytics multiplies the loss by the number of ranks and DDP averages the gradients, so the objective is the sum
@@ -375,10 +387,18 @@ def reduce_over_ranks(estimates: list[Tensor], window_images: int, staged_images
 
     Args:
         estimates: Per-parameter estimates of this rank, any shapes.
-        window_images: Images accumulated for the step on this rank.
+        window_batches: Images of each micro-batch accumulated for the step on this rank.
         staged_images: Images that the estimates were made from on this rank.
+        exponent: e in the growth of an estimate with the number of images n, as n ** e: -1, 0 or 1.
+        known: Whether this rank knows the form of the loss.
+
+    Returns:
+        The factor, and whether the form of the loss is known: None where the ranks differ.
     """
-    counts = torch.tensor([window_images, staged_images], dtype=torch.float64)
+    ranks, exponents = 1, (-1, 0, 1)
+    window = [sum(float(n) ** e for n in window_batches) for e in exponents]
+    staged = [float(staged_images) ** e for e in exponents]
+    counts = torch.tensor([*window, *staged, exponent, known], dtype=torch.float64)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         flat = torch.cat([e.reshape(-1) for e in estimates])
         dist.all_reduce(flat)
@@ -386,5 +406,7 @@ def reduce_over_ranks(estimates: list[Tensor], window_images: int, staged_images
             e.copy_(part.view_as(e))
         counts = counts.to(flat.device, torch.float32)
         dist.all_reduce(counts)
-    window, staged = counts.tolist()
-    return window / staged
+        ranks = dist.get_world_size()
+    *sums, exponent_sum, votes = counts.tolist()
+    place = exponents.index(round(exponent_sum / ranks))
+    return sums[place] / sums[place + 3], None if 0 < votes < ranks else votes > 0

@@ -1,11 +1,11 @@
 """A pass over a part of a batch, for a cheaper estimate of the curvature.
 
-The rule: to the training it never happened. The pass runs on copies of the buffers (BatchNorm's statistics), the global
-random streams are put back, and its graph is gone before the ordinary forward pass begins.
+The pass has no side effect on the training: it runs on copies of the buffers (BatchNorm's statistics), the global
+random streams are restored, and its graph is freed before the ordinary forward pass begins.
 
-Why a part is enough: one estimate is the square of one sampled vector, so the labels alone give it a relative variance
-of about 2 per coordinate, from 4 images as from 16. More images lower only what the images add to that, and cost more:
-docs/benchmarks/2026-11-26-refresh.md, made by scripts/measure_refresh.py.
+A part is enough because one estimate is the square of one sampled vector: the labels alone give it a relative variance
+of about 2 per coordinate, from 4 images as from 16. More images reduce only the variance between images, at a higher
+cost: docs/benchmarks/2026-11-26-refresh.md, made by scripts/measure_refresh.py.
 """
 
 from __future__ import annotations
@@ -27,41 +27,53 @@ def images_in_part(images: int, fraction: float) -> int:
     return min(images, max(MIN_IMAGES, math.ceil(fraction * images)))
 
 
-def take_part(batch: dict[str, Any], images: int, overlap_mask: bool = True) -> dict[str, Any]:
-    """The first images of a batch of any task with their labels.
+def take_part(batch: dict[str, Any], images: int, overlap_mask: bool = True, start: int = 0) -> dict[str, Any]:
+    """Some consecutive images of a batch of any task with their labels.
 
     Args:
         batch: `img`, shape (B, 3, H, W); with `batch_idx` a row of `cls`, `bboxes` and `keypoints` for each object.
         images: How many of its images.
         overlap_mask: Whether `masks` has one map for an image, and not one for an object.
+        start: Index of the first of them.
     """
+    stop = start + images
     count = len(batch["img"])
     objects = {"batch_idx", "cls", "bboxes", "keypoints"} if "batch_idx" in batch else set()
     if not overlap_mask:
         objects.add("masks")
-    rows = batch["batch_idx"].view(-1) < images if objects else None
+    index = batch["batch_idx"].view(-1) if objects else None
+    rows = (index >= start) & (index < stop) if objects else None
     part = {}
     for key, value in batch.items():
         if key in objects:
             part[key] = value[rows]
         elif isinstance(value, (Tensor, list, tuple)) and len(value) == count:
-            part[key] = value[:images]
+            part[key] = value[start:stop]
         else:
             part[key] = value
+    if objects and start:
+        part["batch_idx"] = part["batch_idx"] - start
     return part
 
 
-def loss_of_part(model: nn.Module, batch: dict[str, Any], images: int) -> Tensor:
-    """Loss of the first images as a batch of their own, in a graph of its own; the model is left as it was.
+def loss_of_part(
+    model: nn.Module, batch: dict[str, Any], images: int, start: int = 0, trainable: bool = False
+) -> Tensor:
+    """Loss of some images as a batch of their own, in a graph of its own. The model is left as it was.
 
     Args:
         model: The model itself, in train mode, inside neither DistributedDataParallel nor torch.compile.
         batch: A batch on the model's device.
         images: How many of its images.
+        start: Index of the first of them.
+        trainable: Whether copies stand in for frozen parameters, so that all parameters have a gradient.
     """
     arguments = getattr(model, "args", None)  # a classifier has none
-    part = take_part(batch, images, getattr(arguments, "overlap_mask", True))
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    part = take_part(batch, images, getattr(arguments, "overlap_mask", True), start)
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if trainable:
+        frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+        state |= {name: p.detach().clone().requires_grad_() for name, p in frozen}
     with preserved([part["img"].device]):
-        loss, _ = functional_call(model, buffers, (part,))
+        loss, _ = functional_call(model, state, (part,))
     return loss.sum()

@@ -11,6 +11,7 @@ score of the foreground anchor i:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,25 +40,24 @@ class DetectionRecorder(Recorder):
         criterion: The criterion of the model that is trained.
 
     Raises:
-        RuntimeError: The criterion lacks what this class records.
+        RuntimeError: The criterion lacks what this class records, or its form is not the one that is known here.
     """
 
     recorded_callables = ("bce", "bbox_loss", "bbox_loss.dfl_loss")
 
-    def __init__(self, criterion: Any):
-        super().__init__(criterion)
+    def __init__(self, criterion: Any, by_design: Sequence[str] = ()):
+        super().__init__(criterion, by_design=by_design)
         bbox_loss = getattr(criterion, "bbox_loss", None)
         found = tuple(inspect.signature(bbox_loss.forward).parameters)[: len(_BBOX_LOSS_ARGUMENTS)] if bbox_loss else ()
         if found != _BBOX_LOSS_ARGUMENTS or not callable(getattr(criterion, "bce", None)):
             raise RuntimeError(
-                f"Ultralytics moved the detection loss: BboxLoss.forward takes {found}, expected "
-                f"{_BBOX_LOSS_ARGUMENTS}, and the criterion a `bce`. Update yolo-sophia, or install a supported "
-                "Ultralytics (see yolo-sophia status)."
+                f"its bbox_loss.forward takes {found}, expected {_BBOX_LOSS_ARGUMENTS}, and a callable `bce`"
             )
 
     @torch.no_grad()
     def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:
         scores, target_scores = self._only(calls, "bce").args
+        self.complete = False
         box = None  # before Ultralytics 8.4 there is no call without foreground
         if calls["bbox_loss"]:
             box = dict(zip(_BBOX_LOSS_ARGUMENTS, self._only(calls, "bbox_loss").args))
@@ -67,6 +67,7 @@ class DetectionRecorder(Recorder):
         cls = self.criterion.hyp.cls * images / total * (1.0 if per_class is None else per_class)
         terms: list[LossTerm] = [Bernoulli(scores, cls, target_scores)]
         if box is not None and box["fg_mask"].any():
+            self.complete = True
             per_anchor = images / total * box["target_scores"].sum(-1)[box["fg_mask"]]
             terms += [*self._sides(calls, per_anchor), self._boxes(calls, box, per_anchor)]
         return terms
@@ -80,7 +81,7 @@ class DetectionRecorder(Recorder):
         """
         coefficient = self.criterion.hyp.dfl / 4 * per_anchor[:, None]
         if not self.criterion.use_dfl:
-            return [Laplace(f, coefficient, t) for f, t in self._only(calls, "bbox_loss").inner]
+            return [Laplace(one.output, coefficient, one.target) for one in self._only(calls, "bbox_loss").inner]
         logits, t = self._only(calls, "bbox_loss.dfl_loss").args  # t is clamped in place by the call
         with torch.enable_grad():
             logits = logits.view(*t.shape, -1)

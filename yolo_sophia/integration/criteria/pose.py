@@ -34,6 +34,8 @@ class PoseRecorder(DetectionRecorder):
             coefficient = images * self.criterion.hyp.kobj / logits.numel()
             terms.append(Bernoulli(logits, logits.new_tensor(coefficient, dtype=wide(logits)), visible))
         terms += [self._residuals(call, images) for call in calls.get("rle_loss", [])]
+        # Without a visible keypoint there is no residual, and the flow has no curvature.
+        self.complete &= getattr(self.criterion, "rle_loss", None) is None or bool(calls.get("rle_loss"))
         return terms
 
     def _positions(self, call: Call, images: float) -> Quadratic:
@@ -56,5 +58,7 @@ class PoseRecorder(DetectionRecorder):
             # The mean over the keypoints, so n times it is the sum of their losses.
             loss = self.criterion.rle_loss(s, phi.squeeze(1), e, target_weight) * len(rows)
         (gradient,) = torch.autograd.grad(loss, rows)
-        gradient = gradient * (images * self.criterion.hyp.rle / len(rows)) ** 0.5
-        return Quadratic(output, gradient[..., None], gradient)
+        coefficient = gradient.new_tensor(images * self.criterion.hyp.rle / len(rows))
+        gradient = gradient * coefficient.sqrt()
+        # The criterion clamps the loss at 0: there it has no gradient, but still a curvature.
+        return Quadratic(output, gradient[..., None], gradient, coefficient * (call.result > 0))

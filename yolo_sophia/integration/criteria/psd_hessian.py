@@ -37,7 +37,7 @@ def quadratic(output: Tensor, coefficient: Tensor, loss: Callable[[Tensor], Tens
     values, vectors = eigh(torch.where(finite, hessian + hessian.mT, 0) / 2)
     root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT  # symmetric: the same on every device
     scale = coefficient.sqrt()[:, None]
-    return Quadratic(output, root * scale[..., None], gradient.detach() * scale)
+    return Quadratic(output, root * scale[..., None], gradient.detach() * scale, coefficient[:, None])
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ signatures of the criteria changed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,6 +23,23 @@ _RECORDED_FUNCTIONS = (F.binary_cross_entropy_with_logits, F.cross_entropy, F.l1
 
 
 @dataclass
+class LossCall:
+    """One call of a loss of `torch.nn.functional`.
+
+    Attributes:
+        function: The loss.
+        output: Its input, in the graph.
+        target: Its target.
+        options: Further arguments by name, those that are None left out.
+    """
+
+    function: Callable
+    output: Tensor
+    target: Tensor
+    options: dict[str, Any]
+
+
+@dataclass
 class Call:
     """One recorded call of a callable.
 
@@ -29,23 +47,25 @@ class Call:
         args: Positional arguments.
         kwargs: Keyword arguments.
         result: What it returned.
-        inner: First two arguments (input and target) of each loss of `torch.nn.functional` that was called inside.
+        inner: Calls of the losses of `torch.nn.functional` inside it.
     """
 
     args: tuple
     kwargs: dict[str, Any]
     result: Any = None
-    inner: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    inner: list[LossCall] = field(default_factory=list)
 
 
 class _LossFunctionRecorder(TorchFunctionMode):
-    def __init__(self, recorded: list[tuple[Tensor, Tensor]]):
+    def __init__(self, recorded: list[LossCall]):
         super().__init__()
         self.recorded = recorded
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _RECORDED_FUNCTIONS:
-            self.recorded.append(args[:2])
+            given = {**dict(zip(inspect.signature(func).parameters, args)), **(kwargs or {})}
+            options = {name: value for name, value in given.items() if value is not None}
+            self.recorded.append(LossCall(func, options.pop("input"), options.pop("target"), options))
         return func(*args, **(kwargs or {}))
 
 
@@ -76,15 +96,25 @@ class Recorder:
     Attributes:
         recorded_callables: Callables to record, by dotted path. Those that this version or model lacks are left
             out.
-        known: Whether the terms are the criterion's own, and not signed gradients that stand for them.
+        images_exponent: e in the growth of the loss with the number of images n, as n ** e: 1 for a sum over images, 0
+            for a mean.
+        complete: Whether the last pass gave all terms of the criterion. Without foreground, those of boxes are absent.
+        detached: Kinds of terms of the last pass whose outputs have no gradient, although the criterion does not
+            detach them by design.
+        left_out: Scalars in the graph of the last pass that are part of the loss and have no term by design.
+        by_design: Callables of the criterion whose arguments this model detaches by design.
     """
 
     recorded_callables: ClassVar[tuple[str, ...]] = ()
-    known: bool = True
+    images_exponent: int = 1
 
-    def __init__(self, criterion: Any, owner: Any = None):
+    def __init__(self, criterion: Any, owner: Any = None, by_design: Sequence[str] = ()):
         self.criterion = criterion
         self.owner = criterion if owner is None else owner
+        self.by_design = tuple(by_design)
+        self.complete = True
+        self.detached: list[str] = []
+        self.left_out: list[Tensor] = []
         self._wrapped: list[tuple[Any, str, tuple]] = []
         self._calls: dict[str, list[Call]] = {}
 
@@ -130,8 +160,16 @@ class Recorder:
         """
         calls = self._calls
         self.stop()
-        # Not those of detached features (the second head's prototypes) or behind frozen layers.
-        return [term for term in self._read(calls, weight) if term.output.requires_grad]
+        self.complete, self.left_out = True, []
+        terms = self._read(calls, weight)
+        self.detached = sorted({type(term).__name__ for term in terms if not term.output.requires_grad})
+        return [term for term in terms if term.output.requires_grad]
+
+    @property
+    def callables(self) -> list[Any]:
+        """The callables that would be recorded; another list means that somebody replaced one."""
+        found = [self._find(path)[2] for path in self.recorded_callables]
+        return [getattr(one, "__func__", one) for one in found]
 
     def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:
         raise NotImplementedError
@@ -142,8 +180,7 @@ class Recorder:
         found = calls.get(path, [])
         if len(found) != 1:
             raise RuntimeError(
-                f"The criterion called its `{path}` {len(found)} times, expected once: Ultralytics moved it. See "
-                "yolo-sophia status."
+                f"the criterion called its `{path}` {len(found)} times in one forward pass, expected once"
             )
         return found[0]
 
@@ -160,7 +197,7 @@ class CompositeRecorder(Recorder):
     def __init__(self, criterion: Any, parts: Sequence[tuple[Recorder, Callable[[], float]]]):
         super().__init__(criterion)
         self.parts = parts
-        self.known = all(recorder.known for recorder, _ in parts)
+        self.images_exponent = parts[0][0].images_exponent
 
     @property
     def recording(self) -> bool:
@@ -179,4 +216,14 @@ class CompositeRecorder(Recorder):
 
     def terms(self, weight: float = 1.0) -> list[LossTerm]:
         """Terms of all parts, each with its weight; see `Recorder.terms`."""
-        return [term for recorder, own in self.parts for term in recorder.terms(weight * own())]
+        terms = [term for recorder, own in self.parts for term in recorder.terms(weight * own())]
+        recorders = [recorder for recorder, _ in self.parts]
+        self.complete = all(recorder.complete for recorder in recorders)
+        self.detached = sorted({name for recorder in recorders for name in recorder.detached})
+        self.left_out = [value for recorder in recorders for value in recorder.left_out]
+        return terms
+
+    @property
+    def callables(self) -> list[Any]:
+        """Those of all parts; see `Recorder.callables`."""
+        return [one for recorder, _ in self.parts for one in recorder.callables]

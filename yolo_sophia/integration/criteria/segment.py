@@ -20,7 +20,12 @@ from yolo_sophia.integration.criteria.recorder import Call
 class SegmentationRecorder(DetectionRecorder):
     """Records a `v8SegmentationLoss`."""
 
-    recorded_callables = (*DetectionRecorder.recorded_callables, "single_mask_loss", "bcedice_loss")
+    recorded_callables = (
+        *DetectionRecorder.recorded_callables,
+        "single_mask_loss",
+        "bcedice_loss",
+        "bcedice_loss.dice",
+    )
 
     @torch.no_grad()
     def _read(self, calls: dict[str, list[Call]], weight: float) -> list[LossTerm]:
@@ -32,12 +37,17 @@ class SegmentationRecorder(DetectionRecorder):
         anchors = sum(len(call.args[1]) for call in masks)
         for call in masks:
             _, _, _, boxes, area = call.args
-            ((logits, target),) = call.inner
+            (mask,) = call.inner
+            logits = mask.output
             inside = crop_mask(torch.ones_like(logits, dtype=wide(logits)), boxes)
             per_pixel = gain / (anchors * logits[0].numel() * area.to(inside.dtype))
-            terms.append(Bernoulli(logits, inside * per_pixel[:, None, None], target))
-        for call in calls.get("bcedice_loss", []):
-            ((logits, target),) = call.inner
-            per_pixel = gain * self.criterion.bcedice_loss.weight_bce / logits.numel()
-            terms.append(Bernoulli(logits, logits.new_tensor(per_pixel, dtype=wide(logits)), target))
+            terms.append(Bernoulli(logits, inside * per_pixel[:, None, None], mask.target))
+        for call, dice in zip(calls.get("bcedice_loss", []), calls.get("bcedice_loss.dice", [])):
+            (bce,) = call.inner
+            if "bcedice_loss" in self.by_design and not bce.output.requires_grad:
+                continue
+            per_pixel = gain * self.criterion.bcedice_loss.weight_bce / bce.output.numel()
+            terms.append(Bernoulli(bce.output, bce.output.new_tensor(per_pixel, dtype=wide(bce.output)), bce.target))
+            with torch.enable_grad():
+                self.left_out.append(gain * self.criterion.bcedice_loss.weight_dice * dice.result)
         return terms
