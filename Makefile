@@ -12,9 +12,11 @@ SITE = $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 
 # Two versions between them, where the forms of what we hook into differ (docs/VERSIONS.md); any other may be named.
 IN_BETWEEN ?= 8.3.150 8.4.50
-COMPAT = python -m pytest -q -m compat
+# Two processes, one thread of PyTorch in each (tests/conftest.py); PYTEST_ARGS=--no-skips is what CI adds.
+PYTEST_ARGS ?=
+PYTEST = python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
-.PHONY: demo test test-long test-versions unit test-newest test-oldest lint docs dist clean
+.PHONY: demo test test-long test-versions unit test-newest test-oldest test-extras lint docs dist clean
 
 demo: $(VENV)/installed ## train YOLOv8n with SophiaG on a generated data set
 	$(BIN)/yolo train model=yolov8n.yaml data=configs/data/shapes.yaml imgsz=160 epochs=20 batch=16 nbs=16 \
@@ -22,25 +24,29 @@ demo: $(VENV)/installed ## train YOLOv8n with SophiaG on a generated data set
 	@echo; echo "Pictures to look at:"; ls $(CURDIR)/runs/demo/sophia.png $(CURDIR)/runs/demo/results.png \
 	    $(CURDIR)/runs/demo/val_batch0_pred.jpg
 
-test: test-newest test-oldest ## all tests, on the newest and the oldest supported Ultralytics
+test: test-oldest test-extras test-newest ## all tests: oldest and newest Ultralytics, and other packages
 
 test-newest: $(VENV)/tested
-	$(BIN)/python -m pytest -q
+	$(BIN)/$(PYTEST) -m "not extras"
 
 test-oldest: $(VENV)-oldest/tested
-	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-oldest/config $(VENV)-oldest/bin/$(COMPAT)
+	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-oldest/config $(VENV)-oldest/bin/$(PYTEST) -m "compat and not extras"
+
+test-extras: $(VENV)-extras/tested ## with Ray, pycocotools, MLflow, W&B, and PostgreSQL where it is installed
+	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-extras/config $(VENV)-extras/bin/$(PYTEST) -m extras
 
 test-versions: test-oldest $(IN_BETWEEN:%=test-%) $(VENV)/tested ## the integration tests on four versions
-	$(BIN)/$(COMPAT)
+	$(BIN)/$(PYTEST) -m "compat and not extras"
 
 test-8.%: $(VENV)-8.%/tested
-	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-8.$*/config $(VENV)-8.$*/bin/$(COMPAT)
+	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-8.$*/config $(VENV)-8.$*/bin/$(PYTEST) -m "compat and not extras"
 
-unit: $(VENV)/tested ## the tests that take under two minutes together
-	$(BIN)/python -m pytest -q -m "not slow"
+unit: $(VENV)/tested ## the tests that take under a minute together
+	$(BIN)/$(PYTEST) -m "not slow and not extras"
 
-test-long: $(VENV)/tested $(VENV)-oldest/tested ## what CI has no time for
-	$(BIN)/python -m pytest -q -m long
+test-long: $(VENV)/tested $(VENV)-oldest/tested $(VENV)-extras/tested ## what CI has no time for
+	$(BIN)/python -m pytest -q -m "long and not extras"
+	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-extras/config $(VENV)-extras/bin/python -m pytest -q -m "long and extras"
 	YOLO_CONFIG_DIR=$(CURDIR)/$(VENV)-oldest/config $(VENV)-oldest/bin/python -m pytest -q -m "long and compat"
 	$(BIN)/python -m pytest -q --hypothesis-profile=long tests/test_fuzz.py
 
@@ -85,6 +91,13 @@ $(VENV)-oldest/tested: $(VENV)/tested
 	$(VENV)-oldest/bin/pip install -q --no-deps -e .
 	touch $@
 
+# Packages that would change other runs (Ultralytics logs to MLflow wherever it is installed) or that are large.
+$(VENV)-extras/tested: $(VENV)/tested
+	$(PYTHON) -m venv $(VENV)-extras
+	echo "$(SITE)" > $$($(VENV)-extras/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_shared.pth
+	$(VENV)-extras/bin/pip install -q -e ".[test-extras]"
+	touch $@
+
 # Any other version with the newest packages, and the few that older ones need besides.
 $(VENV)-8.%/tested: $(VENV)/tested
 	$(PYTHON) -m venv $(VENV)-8.$*
@@ -96,4 +109,4 @@ $(VENV)-8.%/tested: $(VENV)/tested
 .PRECIOUS: $(VENV)-8.%/tested
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-dist $(VENV)-docs $(VENV)-8.* runs dist site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-extras $(VENV)-dist $(VENV)-docs $(VENV)-8.* runs dist site

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if WORKER else "2")
+if WORKER:  # Ultralytics' settings file would be written by several processes at once
+    _folder = Path(os.environ.get("YOLO_CONFIG_DIR", Path(tempfile.gettempdir()) / f"yolo-sophia-tests-{os.getuid()}"))
+    (_folder / WORKER).mkdir(parents=True, exist_ok=True)
+    os.environ["YOLO_CONFIG_DIR"] = str(_folder / WORKER)
 # Nothing here may reach for the network: Ultralytics asks GitHub and PyPI for news at import and at training start.
 os.environ.setdefault("YOLO_OFFLINE", "true")
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
@@ -27,12 +33,32 @@ settings.register_profile("long", settings.get_profile("default"), max_examples=
 settings.load_profile("default")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless it is marked `cuda`")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave the tests marked `long` out, whatever else `-m` selects, unless it names them."""
-    if "long" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Deselect the tests marked `long`, unless `-m` names them, and those whose requirement is not met."""
+    long = "long" in config.option.markexpr
+    left_out = [
+        item
+        for item in items
+        if (item.get_closest_marker("long") and not long)
+        or not all(mark.args[0] for mark in item.iter_markers("requires"))
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    left_out = set(left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With --no-skips, turn a skip into a failure: a test that nothing runs shows nothing."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.option.no_skips:
+        if not item.get_closest_marker("cuda"):
+            report.outcome, report.longrepr = "failed", f"skipped under --no-skips: {report.longrepr[-1]}"
+    return report
 
 
 @pytest.fixture(autouse=True)

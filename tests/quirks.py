@@ -1,4 +1,4 @@
-"""What some versions of Ultralytics cannot do by themselves, found in the version at hand; such tests are skipped."""
+"""What some versions of Ultralytics cannot do by themselves: tests that need it are not collected there."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def _recovers_from_nan() -> bool:
     return recovery is not None and "fitness_collapse" not in inspect.getsource(recovery)
 
 
-needs_tune = pytest.mark.skipif(
-    _tune_gives_its_children_what_they_refuse(), reason="the children of this Ultralytics' tune refuse its arguments"
+needs_tune = pytest.mark.requires(
+    not _tune_gives_its_children_what_they_refuse(),
+    reason="the children of this Ultralytics' tune refuse its arguments",
 )
-needs_recovery = pytest.mark.skipif(
-    not _recovers_from_nan(), reason="this Ultralytics does not recover from a loss that is NaN"
+needs_recovery = pytest.mark.requires(
+    _recovers_from_nan(), reason="this Ultralytics does not recover from a loss that is NaN"
 )

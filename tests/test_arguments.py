@@ -442,7 +442,7 @@ def test_the_tuner_does_not_round_a_small_rho_to_zero(tiny_run):
     assert 1e-6 <= tuner._mutate()["rho"] <= 4e-6
 
 
-@pytest.mark.skipif(not hasattr(Tuner, "_constrain"), reason="Tuner rounds what it finds from 8.4 on")
+@pytest.mark.requires(hasattr(Tuner, "_constrain"), reason="Tuner rounds what it finds from 8.4 on")
 def test_the_tuner_rounds_our_whole_number(tiny_run):
     tuner = Tuner({**tiny_run, "optimizer": "SophiaG", "space": {"hessian_interval": (1, 20), "rho": (0.01, 2)}})
     assert tuner._constrain({"hessian_interval": 7.6, "rho": 3.0}) == {"hessian_interval": 8, "rho": 2}

@@ -6,7 +6,6 @@ Functions named `child_*` run in fresh interpreters (fixture `fresh`).
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -216,6 +215,7 @@ def test_two_trainers_in_one_process(fresh, tiny_run):
 
 # Loggers --------------------------------------------------------------------------------------------------------------
 
+OPTIONAL = {"mlflow", "wandb"}  # in .venv-extras
 LOGGERS = {  # logger: package, and what reads back what was logged for sophia/rho
     "tensorboard": (
         "tensorboard",
@@ -247,12 +247,13 @@ save_dir = model.trainer.save_dir
 """
 
 
-@pytest.mark.parametrize("logger", LOGGERS)
+@pytest.mark.parametrize(
+    "logger", [pytest.param(name, marks=pytest.mark.extras if name in OPTIONAL else ()) for name in LOGGERS]
+)
 def test_loggers(logger, tiny_run, tmp_path, monkeypatch, python):
     """Ultralytics' own integrations, which patch and listen in their ways, get our columns, and training goes on."""
     package, read = LOGGERS[logger]
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+    pytest.importorskip(package)
     monkeypatch.delenv("PYTEST_CURRENT_TEST")  # Ultralytics logs nothing while it is there
     folder = tmp_path / "logs"
     folder.mkdir()
@@ -283,8 +284,6 @@ def test_train(optimizer, tmp_path):
 
 @pytest.mark.long
 def test_under_xdist(tiny_run, tmp_path):
-    if importlib.util.find_spec("xdist") is None:
-        pytest.skip("pytest-xdist is not installed")
     run = {key: value for key, value in tiny_run.items() if key not in {"model", "project"}}
     (tmp_path / "test_it.py").write_text(XDIST.format(model=tiny_run["model"], run=run))
     line = [sys.executable, "-m", "pytest", "-q", "-n", "2", "test_it.py"]
@@ -293,13 +292,12 @@ def test_under_xdist(tiny_run, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.extras
 def test_notebook(tiny_run, tmp_path):
     """Train, plot and compare in the cells of a notebook whose kernel is this interpreter."""
-    for package in ("nbclient", "nbformat", "ipykernel"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    import nbformat
-    from nbclient import NotebookClient
+    pytest.importorskip("ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    NotebookClient = pytest.importorskip("nbclient").NotebookClient
 
     words = [f"data={tiny_run['data']}", f"model={tiny_run['model']}", "imgsz=64", "batch=4", "nbs=4", "epochs=2"]
     words += ["device=cpu", "optimizers=SophiaG,AdamW", "seeds=1", "workers=1", "out=out"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest import mock
 
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.compat
 
 TWO_HEADS = hasattr(losses, "E2ELoss")
 FAMILIES = [pytest.param(t, False, id=t) for t in ("detect", "segment", "pose", "obb", "classify")] + [
-    pytest.param(t, True, id=f"{t}26", marks=pytest.mark.skipif(not TWO_HEADS, reason="no YOLO26"))
+    pytest.param(t, True, id=f"{t}26", marks=pytest.mark.requires(TWO_HEADS, reason="no YOLO26"))
     for t in ("detect", "segment", "pose", "obb")
 ]
 
@@ -133,10 +134,8 @@ def test_no_parameter_with_a_gradient_is_without_curvature(task, two_heads):
     torch.testing.assert_close(plain, run.loss, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("task", "two_heads"), FAMILIES)
+@pytest.mark.parametrize(("task", "two_heads"), [family for family in FAMILIES if family.values[0] != "classify"])
 def test_without_objects_there_is_an_estimate(task, two_heads):
-    if task == "classify":
-        pytest.skip("every image has a class")
     batch = batch_of(task)
     empty = {key: value[:0] if len(value) == len(batch["cls"]) else value for key, value in batch.items()}
     empty["masks"] = torch.zeros_like(batch["masks"])
@@ -205,7 +204,7 @@ def test_rotated_boxes_have_the_projected_hessian_of_overlap_and_angle(double):
         assert_projection(root, torch.func.hessian(loss)(box))
 
 
-@pytest.mark.skipif(not TWO_HEADS, reason="no YOLO26")
+@pytest.mark.requires(TWO_HEADS, reason="no YOLO26")
 def test_residual_log_likelihood_is_the_outer_product_of_each_keypoint(double):
     model, batch = build("pose", two_heads=True), batch_of("pose")
     many = model.criterion.one2many
@@ -224,7 +223,7 @@ def test_residual_log_likelihood_is_the_outer_product_of_each_keypoint(double):
 # Two heads, and distillation ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not TWO_HEADS, reason="no YOLO26")
+@pytest.mark.requires(TWO_HEADS, reason="no YOLO26")
 def test_the_weights_of_the_heads_are_those_of_the_epoch():
     model, batch = build("detect", two_heads=True), batch_of("detect")
     model.args.epochs = 10
@@ -240,8 +239,10 @@ def test_the_weights_of_the_heads_are_those_of_the_epoch():
             torch.testing.assert_close(new.coefficient, old.coefficient * factor)
 
 
+@pytest.mark.requires(find_spec("ultralytics.nn.distill_model"), reason="no distillation")
 def test_distillation_is_the_exact_diagonal(double):
-    distill = pytest.importorskip("ultralytics.nn.distill_model")
+    from ultralytics.nn import distill_model as distill
+
     teacher, student = build("detect", True, seed=1), build("detect", True)
     student.args.imgsz, student.args.dis = 48, 6.0
     torch.manual_seed(1)
@@ -287,8 +288,6 @@ def unknown(task: str, two_heads: bool = False) -> tuple[nn.Module, dict]:
 
 def semantic() -> tuple[nn.Module, dict]:
     """Semantic segmentation, since Ultralytics 8.4."""
-    if not hasattr(tasks, "SemanticSegmentationModel"):
-        pytest.skip("no semantic segmentation in this Ultralytics")
     layout = {"nc": 3, "backbone": [[-1, 1, "Conv", [8, 3, 2]]] * 4, "head": [[[2, 3], 1, "SemanticSegment", ["nc"]]]}
     model = tasks.SemanticSegmentationModel(layout, verbose=False).train()
     model.args = SimpleNamespace(data="")
@@ -298,10 +297,12 @@ def semantic() -> tuple[nn.Module, dict]:
 STRANGERS = {
     "rtdetr": rtdetr,
     "detect": lambda: unknown("detect"),
-    "segment26": lambda: unknown("segment", True) if TWO_HEADS else pytest.skip("no YOLO26"),
     "classify": lambda: unknown("classify"),
-    "semantic": semantic,
 }
+if TWO_HEADS:
+    STRANGERS["segment26"] = lambda: unknown("segment", True)
+if hasattr(tasks, "SemanticSegmentationModel"):
+    STRANGERS["semantic"] = semantic
 
 
 @pytest.mark.parametrize("name", STRANGERS)
@@ -346,13 +347,14 @@ def test_world_models_share_the_detection_loss():
 # A part of the batch --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize(("task", "two_heads"), FAMILIES)
+@pytest.mark.parametrize(
+    ("task", "two_heads", "overlap"),
+    [pytest.param(*family.values, True, id=family.id, marks=family.marks) for family in FAMILIES]
+    + [pytest.param("segment", False, False, id="segment-one mask for each object")],
+)
 def test_a_part_of_the_batch_gives_an_estimate(task, two_heads, overlap):
     model, batch = build(task, two_heads), batch_of(task, images=3)
     if not overlap:
-        if task != "segment" or two_heads:
-            pytest.skip("one mask for an object: once is enough")
         model.args.overlap_mask = model.criterion.overlap = False
         batch["masks"] = torch.randint(2, (len(batch["cls"]), 12, 12)).float()
     alone = copy.deepcopy(model)(take_part(batch, 2, overlap))[0].sum()

@@ -6,6 +6,7 @@ plain cross-entropies is curvlinops.
 
 from __future__ import annotations
 
+import inspect
 import random
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Generator, nn
+from ultralytics.utils.loss import v8DetectionLoss
 
 from yolo_sophia.curvature import (
     ESTIMATORS,
@@ -39,18 +41,23 @@ def double():
         yield
 
 
-@pytest.fixture(scope="module", params=[None, oracle.CLASS_WEIGHTS], ids=["plain", "weighted"])
+HAS_CLASS_WEIGHTS = pytest.mark.requires(
+    "class_weights" in inspect.getsource(v8DetectionLoss), reason="this Ultralytics has no class weights"
+)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(None, id="plain"), pytest.param(True, id="weighted", marks=HAS_CLASS_WEIGHTS)]
+)
 def proof(request) -> SimpleNamespace:
     """A pass through the tiny detector, and its exact diagonals; computing them checks the formula of the loss."""
     with oracle.float64():
         batch = oracle.random_batch()
-        run = oracle.forward(oracle.tiny_detector(class_weights=request.param), batch)
-        if request.param and getattr(run.criterion, "class_weights", None) is None:
-            pytest.skip("this Ultralytics has no class weights")
+        weights = oracle.CLASS_WEIGHTS if request.param else None
+        run = oracle.forward(oracle.tiny_detector(class_weights=weights), batch)
+        assert weights is None or run.criterion.class_weights is not None
         exact = oracle.exact_diagonals(run, batch)
-        return SimpleNamespace(
-            run=run, exact=exact, formula=oracle.formula(run, batch), weighted=request.param is not None
-        )
+        return SimpleNamespace(run=run, exact=exact, formula=oracle.formula(run, batch))
 
 
 def off_tensors(found: torch.Tensor, exact: torch.Tensor, run) -> dict[str, float]:
@@ -75,11 +82,18 @@ def test_expected_estimate_is_the_exact_diagonal_in_every_entry(proof, double):
     torch.testing.assert_close(expected, sum(proof.exact[t] for t in run.terms), rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", oracle.CASES)
+@pytest.mark.parametrize(
+    ("proof", "case"),
+    [pytest.param(None, case, id=f"plain-{case}") for case in oracle.CASES]
+    + [  # class weights reach the class scores alone
+        pytest.param(True, case, id=f"weighted-{case}", marks=HAS_CLASS_WEIGHTS)
+        for case, terms in oracle.CASES.items()
+        if "cls" in terms
+    ],
+    indirect=["proof"],
+)
 def test_mean_of_estimates_is_the_exact_diagonal(proof, double, case):
     run, terms = proof.run, oracle.CASES[case]
-    if proof.weighted and "cls" not in terms:
-        pytest.skip("class weights reach the class scores alone: the same case as without them")
     exact = sum(proof.exact[t] for t in terms)
     found = oracle.mean_estimate([run.terms[t] for t in terms], run.params, SAMPLES)
     assert off_tensors(found, exact, run) == {}

@@ -106,7 +106,7 @@ def test_gradient_and_h_are_those_of_the_sum_of_both_losses(run, index, images):
     check_window(run, index, images)
 
 
-@pytest.mark.skipif("compile" not in DEFAULT_CFG_DICT, reason="this Ultralytics has no compile=")
+@pytest.mark.requires("compile" in DEFAULT_CFG_DICT, reason="this Ultralytics has no compile=")
 def test_compiled_ranks(train, small_model):
     """Ultralytics makes the graph of DistributedDataParallel static then."""
     compiled = train(model=str(small_model), compile=True, epochs=3)

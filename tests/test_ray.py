@@ -20,13 +20,11 @@ import pytest
 from filelock import FileLock, Timeout
 
 from yolo_sophia.compare.plan import parse, runs
+from yolo_sophia.runs import ray_executor as ray_engine
 from yolo_sophia.runs.scheduler import FAILURE, LOG
 from yolo_sophia.runs.worker import CHECKPOINT, ORDER, RECEIPT, read_curve
 
-ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.slow
-
-from yolo_sophia.runs import ray_executor as ray_engine  # noqa: E402
+pytestmark = [pytest.mark.slow, pytest.mark.extras]
 
 CRASHING = """
 import torch
@@ -41,6 +39,7 @@ class Crashing(torch.optim.AdamW):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Address of the cluster."""
+    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
@@ -58,6 +57,8 @@ def cluster() -> Iterator[str]:
 @pytest.fixture
 def connected(cluster) -> Iterator[str]:
     """Connect this process to the cluster."""
+    import ray
+
     ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
@@ -190,6 +191,8 @@ def test_places(connected):
 
 
 def test_a_node_that_does_not_see_the_folder_says_so(connected, tmp_path):
+    import ray
+
     code, why = ray.get(ray.remote(ray_engine._work).remote(str(tmp_path / "elsewhere"), str(tmp_path), "mark", 1))
     assert code == 1
     assert re.search(r"node \w+ .* does not see .*/elsewhere: put out=... on storage that all nodes see", why)

@@ -440,7 +440,7 @@ def out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.skipif(not hasattr(DetectionTrainer, "_build_train_pipeline"), reason="this Ultralytics has no restart")
+@pytest.mark.requires(hasattr(DetectionTrainer, "_build_train_pipeline"), reason="this Ultralytics has no restart")
 @pytest.mark.parametrize("where", ["first forward", "second forward"])
 def test_out_of_memory_restart(train, monkeypatch, where):
     counts, optimizers = [], []

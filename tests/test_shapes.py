@@ -259,7 +259,8 @@ sys.exit(", ".join({{"torch", "ultralytics"}} & set(sys.modules)))
 
 
 def test_ultralytics_generates_it_from_the_yaml(tmp_path, monkeypatch):
-    utils = pytest.importorskip("ultralytics.data.utils")
+    from ultralytics.data import utils
+
     monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path / "datasets")
     monkeypatch.setattr(utils, "check_font", lambda *args: None)  # it would fetch a font from the network
     monkeypatch.chdir(tmp_path)  # a relative path that exists in the working folder would win over DATASETS_DIR

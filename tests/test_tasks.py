@@ -39,6 +39,10 @@ BASE = {"imgsz": 64, "epochs": 1, "batch": 4, "nbs": 4, "device": "cpu", "plots"
 STEPS = 4  # per epoch: 16 images in batches of 4
 
 
+def needs(path: str) -> pytest.MarkDecorator:
+    return pytest.mark.requires((MODELS / path).is_file(), reason=f"this Ultralytics has no {path}")
+
+
 @pytest.fixture(scope="module")
 def data(tiny_data, tmp_path_factory) -> Callable[[str], str]:
     """What `data=` takes for a task."""
@@ -54,8 +58,6 @@ def data(tiny_data, tmp_path_factory) -> Callable[[str], str]:
 
 def tiny(path: Path, folder: Path) -> Path:
     """A model's YAML with its smallest scale made as narrow as its layers allow."""
-    if not path.is_file():
-        pytest.skip(f"no {path.name} in this Ultralytics")
     content = yaml.safe_load(path.read_text())
     target = folder / re.sub(r"(yolov?\d+)", r"\1n", path.name)
     for width in (0.0625, 0.25, 0.5):
@@ -109,7 +111,7 @@ def assert_curved(trainer, steps: int | None = STEPS) -> None:
         assert h.any() or not state["exp_avg"].any(), f"{names[id(p)]} is trained without curvature"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(path)) for name, path in FAMILIES.items()])
 def test_task_and_family(name, data, train, tmp_path):
     run = train(tiny(MODELS / FAMILIES[name], tmp_path), data(name.split()[1]))
     assert_curved(run.trainer)
@@ -132,7 +134,13 @@ def test_rtdetr_says_that_its_likelihood_is_not_known(data, train, tmp_path):
     assert "RTDETRDetectionLoss" in line and "docs/TASKS.md" in line
 
 
-@pytest.mark.parametrize(("name", "labels"), [("sem", "segment"), ("depth", "depth")])  # masks are made of polygons
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [  # masks are made of polygons
+        pytest.param("sem", "segment", marks=needs("26/yolo26-sem.yaml")),
+        pytest.param("depth", "depth", marks=needs("26/yolo26-depth.yaml")),
+    ],
+)
 def test_dense_tasks_are_signed(name, labels, data, train, tmp_path):
     run = train(tiny(MODELS / f"26/yolo26-{name}.yaml", tmp_path), data(labels))
     assert_curved(run.trainer)
@@ -245,7 +253,7 @@ def test_setting(name, data, train, tiny_model):
         assert trainer.model.class_weights.unique().numel() > 1
 
 
-@pytest.mark.skipif(not hasattr(engine, "MultiTrainer"), reason="this Ultralytics trains on one data set")
+@pytest.mark.requires(hasattr(engine, "MultiTrainer"), reason="this Ultralytics trains on one data set")
 def test_several_data_sets(tiny_data, tiny_model, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(Path(tiny_data).read_text())
@@ -255,6 +263,7 @@ def test_several_data_sets(tiny_data, tiny_model, tmp_path):
     assert len(found) == 2 and all("sophia/rho" in path.read_text() for path in found)
 
 
+@needs("26/yolo26.yaml")
 def test_two_heads(data, train, tmp_path):
     """An interrupted run goes on with the curvature, the clock and the weights of the heads; then it is a teacher."""
     path = tiny(MODELS / "26/yolo26.yaml", tmp_path)

@@ -555,6 +555,7 @@ def test_what_the_genetic_tuner_cannot_search_is_refused(space, says):
         tune_space("SophiaG", space=space)
 
 
+@pytest.mark.extras
 def test_a_space_for_ray(monkeypatch):
     tune = pytest.importorskip("ray.tune")
     extra = {"rho": [1e-7, 1.0, "log"], "nbs": [16, 64, "int"], "hessian_interval": [1, 20, "int", "log"],
