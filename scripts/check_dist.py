@@ -27,7 +27,7 @@ NEEDED = {
     "yolo_sophia_autoload.pth",
     "yolo_sophia/autoload.py",
     "yolo_sophia/optim/fused.cpp",
-    "yolo_sophia/report/page.html",
+    *(f"yolo_sophia/report/templates/{name}" for name in ("report.html", "report.md", "style.css")),
     "yolo_sophia/configs/data/shapes.yaml",
     *(f"yolo_sophia/configs/presets/{name}.yaml" for name in ("detect-scratch", "detect-finetune", "detect-short")),
 }
@@ -78,7 +78,18 @@ def check_metadata(path: Path) -> None:
         "AGPL-3.0-only",
     )
     required = [r.partition(";")[0].strip() for r in fields.get_all("Requires-Dist") if "extra ==" not in r]
-    assert sorted(required) == ["opencv-python", "pyyaml", "torch", "ultralytics<9,>=8.3"], required
+    installed = {
+        "opencv-python",
+        "pyyaml",
+        "torch",
+        "numpy",
+        "matplotlib",
+        "psutil",
+        "filelock",
+        "jinja2",
+        "markupsafe",
+    }
+    assert set(required) == {"ultralytics<9,>=8.3", *installed}, required
     print(
         f"metadata: {fields['Name']} {version}, {fields['License-Expression']}, requires {', '.join(sorted(required))}"
     )

@@ -23,15 +23,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from yolo_sophia.compare import figures, report, view
+from yolo_sophia.compare import figures
 from yolo_sophia.compare import plan as planning
-from yolo_sophia.compare.plan import Arm, Plan, runs
-from yolo_sophia.compare.report import Search, write_report
-from yolo_sophia.compare.score import Curve, cost_ratio
-from yolo_sophia.compare.tables import DASH, INFINITY, TIMES
-from yolo_sophia.compare.verdict import difference_verdict, final_difference, horizon_score, horizon_verdict, verdict
-from yolo_sophia.report import document as page
-from yolo_sophia.report import figure_style as canvas
+from yolo_sophia.compare.pairwise import cost_ratio, final_difference, horizon_score
+from yolo_sophia.compare.plan import Arm, Plan, plan_yaml, runs
+from yolo_sophia.compare.report import compose, write_report
+from yolo_sophia.compare.score import Curve
+from yolo_sophia.compare.sections.verdict import cost_sentence, difference_sentence, horizon_sentence
+from yolo_sophia.compare.statistics import compute
+from yolo_sophia.compare.tuning import Search
+from yolo_sophia.report import figure_style, render
+from yolo_sophia.report.formatting import DASH, INFINITY, TIMES
 from yolo_sophia.runs import environment as machine
 from yolo_sophia.runs.results import MAP50, MAP50_95, RunResult
 
@@ -154,7 +156,7 @@ class Page(HTMLParser):
 @pytest.fixture(autouse=True)
 def _no_png(monkeypatch):
     """Half of a report's time; the report of `whole` is made before and has them."""
-    monkeypatch.setattr("yolo_sophia.compare.galleries.to_png", lambda _: b"PNG" + os.urandom(8))
+    monkeypatch.setattr("yolo_sophia.report.figure_style.to_png", lambda _: b"PNG" + os.urandom(8))
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +197,10 @@ def test_verdict_comes_first_and_says_what_was_shown(whole):
     curves = [Curve.of(result) for result in results]
     scores = [horizon_score(curves, arm, "AdamW", "bccd") for arm in ("SophiaG", "AdamW")]
     sentences = [
-        verdict(cost_ratio(curves, "SophiaG", "AdamW", "bccd")),
-        horizon_verdict(*scores),
-        difference_verdict(final_difference(curves, "SophiaG", "AdamW", "bccd")),
-        verdict(cost_ratio(curves, "SophiaG", "AdamW", "bccd", "seconds")),
+        cost_sentence(cost_ratio(curves, "SophiaG", "AdamW", "bccd")),
+        horizon_sentence(*scores),
+        difference_sentence(final_difference(curves, "SophiaG", "AdamW", "bccd")),
+        cost_sentence(cost_ratio(curves, "SophiaG", "AdamW", "bccd", "seconds")),
         "Results on bccd",
     ]
     assert sentences[0].startswith("Indicative only")
@@ -309,7 +311,7 @@ def test_versions_hardware_and_plan(whole):
     assert facts["torch"] == "2.13.0" and facts["device"] == "cpu" and facts["this machine's cores"]
     assert facts["report written"][:4] == time.strftime("%Y")
     assert facts["wall time of all finished runs"] == "46 min"
-    assert view.plan_yaml(plan) in shown.text
+    assert plan_yaml(plan) in shown.text
 
 
 def test_versions_that_differ_are_pointed_out(tmp_path):
@@ -331,7 +333,7 @@ def test_plan_is_read_back_as_it_was(monkeypatch):
         "bn_recalibrate": True, "devices": [0, 1], "out": "runs/é", "reference": "lion",
     }  # fmt: skip
     plan = planning.build(content)
-    again = planning.build(yaml.safe_load(view.plan_yaml(plan)))
+    again = planning.build(yaml.safe_load(plan_yaml(plan)))
     assert again.arms[-1].arguments["optimizer_args"]["betas"] == [0.9, 0.99]  # YAML has no tuples
     lists = [replace(p, arms=p.arms[:-1], common=dict(p.common)) for p in (plan, again)]
     assert lists[0] == lists[1]
@@ -408,7 +410,7 @@ def test_text_of_users_is_escaped(tmp_path):
 
 
 def test_control_characters_go(tmp_path):
-    assert page.clean("\x1b[1;31mred\x1b[0m\tone\x00two\x9f\ud800") == "red\tone�two��"
+    assert render.clean("\x1b[1;31mred\x1b[0m\tone\x00two\x9f\ud800") == "red\tone�two��"
 
 
 def assert_tables_are_even(markdown: str) -> None:
@@ -425,6 +427,7 @@ def test_markdown(whole):
     images = re.findall(r"!\[(.*?)\]\((.*?)\)$", text, flags=re.M)
     assert len(images) >= 12 and all(alt and (out / name).is_file() for alt, name in images)
     assert "SophiaG | 0.501 ± 0.002 |" in text and f"80, {TIMES_80} |" in text
+    assert "| AdamW, reference |" in text and "| 100 | 1,600 | 100.0 s | 1.0 s |" in text
     assert f"`````\nTraceback\nRuntimeError: {NASTY} ```` a|b\n`````\n" in text  # the fence is longer than the log's
 
 
@@ -559,7 +562,7 @@ def test_several_data_sets(tmp_path):
     shown = Page(write_report(plan, results, tmp_path).read_text())
     assert title_of(tmp_path) == "SophiaG against AdamW on 3 data sets (untuned)"
     assert "SophiaG on bccd" in shown.text and "SophiaG on kitti" in shown.text
-    assert "Left out, as not every arm has ended runs or there is no target: late." in shown.text
+    assert "Left out, because an arm has no ended runs or there is no target: late." in shown.text
     # SophiaG is the best on both: its profile is 1 everywhere. AdamW's cost is 1.25 times as much.
     assert shown.row("Area under the profile", "SophiaG")[1:] == ["1.000"] * 3
     assert shown.row("Area under the profile", "AdamW")[1:] == [f"{(4 - 1.25) / 3:.3f}"] * 3
@@ -579,7 +582,7 @@ def test_coco_metrics(tmp_path):
 
 
 def test_series():
-    style = canvas.Style("a", 1)
+    style = figure_style.Style("a", 1)
     runs = [[{"steps": s * e, "y": v} for e, v in enumerate(values, 1)] for s, values in
             ((10, (1.0, 2.0, None)), (10, (3.0, math.nan, 5.0)), (20, (8.0, 4.0)))]  # fmt: skip
     line = figures.series(style, runs, [runs[0]], "steps", "y")
@@ -592,7 +595,7 @@ def test_series():
     thin = figures.series(style, long, [], "steps", "y", points=50)
     assert len(thin.x) == 50 and thin.x[0] == 0 and thin.x[-1] == 999
     empty = figures.series(style, [], [], "steps", "y")
-    assert canvas.to_svg(figures.curves("t", "y", "steps", [empty, line]), "alt", "p").startswith("<svg viewBox")
+    assert figure_style.to_svg(figures.curves("t", "y", "steps", [empty, line]), "alt", "p").startswith("<svg viewBox")
 
 
 def luminance(colour: str) -> float:
@@ -607,26 +610,26 @@ def contrast(one: str, two: str) -> float:
 
 
 def test_colours_and_lines_tell_arms_apart():
-    style = (Path(page.__file__).parent / "page.html").read_text()
+    style = (Path(render.__file__).parent / "templates" / "style.css").read_text()
     cards = re.findall(r"--card:(#\w{6})", style)
     pages = re.findall(r"--page:(#\w{6})", style)
     assert len(cards) == len(pages) == 2
     for theme, background in enumerate(cards):
-        for name, colours in canvas.PALETTE.items():
+        for name, colours in figure_style.PALETTE.items():
             least = {"grid": 1.1, "ink": 7.0, "muted": 4.5}.get(name, 3.0)
             assert contrast(colours[theme], background) >= least, (name, theme)
-        assert contrast(canvas.PALETTE["muted"][theme], pages[theme]) >= 4.5
+        assert contrast(figure_style.PALETTE["muted"][theme], pages[theme]) >= 4.5
         for tone in ("better", "worse"):
             assert contrast(re.findall(rf"--{tone}:(#\w{{6}})", style)[theme], background) >= 4.5
-    lines = [canvas.Style("", number).line for number in range(30)]
+    lines = [figure_style.Style("", number).line for number in range(30)]
     assert len({(str(own["linestyle"]), own["marker"]) for own in lines}) == 30
     assert len({own["color"] for own in lines[:7]}) == 7
 
 
 def test_svg_is_themed_and_keeps_words():
-    ratio = canvas.Style("v1.23456 $x$ & <b>", 1)
+    ratio = figure_style.Style("v1.23456 $x$ & <b>", 1)
     line = figures.Series(ratio, (1, 2), (0.1, 0.2), (0.1, 0.2), (0.1, 0.2))
-    text = canvas.to_svg(figures.curves("9.87654", "y", "steps", [line]), 'say "0.12345"', "p")
+    text = figure_style.to_svg(figures.curves("9.87654", "y", "steps", [line]), 'say "0.12345"', "p")
     assert (
         "v1.23456 $x$ &amp; &lt;b&gt;" in text and "9.87654" in text and 'aria-label="say &quot;0.12345&quot;"' in text
     )
@@ -814,7 +817,7 @@ def test_browser_shows_it(whole, browser, width, scheme):
 @pytest.mark.slow
 def test_browser_hears_of_errors(tmp_path, browser):
     """The test above would notice: a page that asks for something is refused by its own policy, and complains."""
-    page = report.to_html(page_document := report.compose(view.View.of(make_plan(tmp_path), []), (), {}))
+    page = render.to_html(page_document := compose(compute(make_plan(tmp_path), [])))
     assert page_document.title in page
     path = tmp_path / "report.html"
     path.write_text(page.replace("</main>", '<img src="https://example.com/x.png"><script>alert(1)</script></main>'))

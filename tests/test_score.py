@@ -11,9 +11,19 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from yolo_sophia.compare import score, verdict
-from yolo_sophia.compare.score import Curve, Mean, cost_ratio, cost_to_target, default_target, median_ratio, summarize
-from yolo_sophia.compare.verdict import control, final_difference, horizon_score, profiles
+from yolo_sophia.compare import score
+from yolo_sophia.compare.pairwise import (
+    Difference,
+    Ratio,
+    control,
+    cost_ratio,
+    final_difference,
+    horizon_score,
+    median_ratio,
+    profiles,
+)
+from yolo_sophia.compare.score import Curve, Mean, cost_to_target, default_target, summarize
+from yolo_sophia.compare.sections import verdict
 
 INF, NAN = math.inf, math.nan
 
@@ -32,7 +42,7 @@ def reaching(
     return [run(arm, s, *[after if e >= at else 0.4 for e in range(1, length + 1)]) for s, at in zip(seeds, epochs)]
 
 
-def ratio(own: list[Curve], base: list[Curve], **arguments) -> score.Ratio:
+def ratio(own: list[Curve], base: list[Curve], **arguments) -> Ratio:
     return cost_ratio(own + base, "S", "A", "d", **{"target": 0.5, **arguments})
 
 
@@ -286,7 +296,7 @@ def test_bootstrap_interval_of_seven():
     ("low", "high", "direction"), [(0.5, 0.994, -1), (0.5, 0.996, 0), (1.006, 1.5, 1), (1.004, 1.5, 0), (0.9, 1.1, 0)]
 )
 def test_a_difference_is_shown_only_if_the_printed_interval_shows_it(low, high, direction):
-    result = score.Ratio("S", "A", "d", "steps", 0.5, True, (), (), (), (0, 0), (0, 0), 1.0, low, high)
+    result = Ratio("S", "A", "d", "steps", 0.5, True, (), (), (), (0, 0), (0, 0), 1.0, low, high)
     assert result.direction == direction
 
 
@@ -331,7 +341,7 @@ def test_direction_of_the_final_difference(gap, direction):
     ("low", "high", "direction"), [(0.0004, 0.02, 0), (0.0006, 0.02, 1), (-0.02, -0.0004, 0), (-0.02, -0.0006, -1)]
 )
 def test_a_final_difference_is_shown_only_if_the_printed_interval_shows_it(low, high, direction):
-    assert verdict.Difference("S", "A", "d", "map50", (), (), Mean(0.0, low, high, 5)).direction == direction
+    assert Difference("S", "A", "d", "map50", (), (), Mean(0.0, low, high, 5)).direction == direction
 
 
 # Horizons
@@ -434,7 +444,7 @@ def test_profiles_refuse_what_they_cannot_compare():
     with pytest.raises(ValueError, match=r"'A' has no cost on \['x'\]"):
         profiles({"S": {"x": 1}, "A": {"x": NAN}})
     for taus in [(1,), (2, 3), (1, 1), (1, 3, 2)]:
-        with pytest.raises(ValueError, match="rise from 1"):
+        with pytest.raises(ValueError, match="increase from 1"):
             profiles({"S": {"x": 1}}, taus)
 
 
@@ -443,7 +453,7 @@ def test_profiles_refuse_what_they_cannot_compare():
 
 def named(own: list[Curve], base: list[Curve], **arguments) -> str:
     curves = [_as("SophiaG", curve) for curve in own] + [_as("AdamW", curve) for curve in base]
-    return verdict.verdict(cost_ratio(curves, "SophiaG", "AdamW", "d", **arguments))
+    return verdict.cost_sentence(cost_ratio(curves, "SophiaG", "AdamW", "d", **arguments))
 
 
 @pytest.mark.parametrize(
@@ -528,57 +538,57 @@ def test_verdict_where_there_is_none():
     )
     assert "no seed in common" in named(reaching("S", 1, seeds=(1,)), reaching("A", 1, seeds=(2,)))
     own = cost_ratio([run("A", s, 0.4 + 0.1 * s) for s in range(3)], "A", "A", "d")
-    assert verdict.verdict(own) == "A is the reference; it missed A's final mAP50-95 in 1 of 3 seeds."
+    assert verdict.cost_sentence(own) == "A is the reference; it missed A's final mAP50-95 in 1 of 3 seeds."
 
 
 def test_horizon_verdict():
     own = planned("S", h100=(0.6,) * 3, h80=(0.5,) * 3, h65=(0.6,) * 3, h50=(0.1,) * 3)
     base = horizon_score(BASE, "A", "A", "d")
-    assert verdict.horizon_verdict(horizon_score(own + BASE, "S", "A", "d"), base) == (
+    assert verdict.horizon_sentence(horizon_score(own + BASE, "S", "A", "d"), base) == (
         "Indicative only: S's shortest planned schedule that ends at or above A's final mAP50-95 is 0.65 T"
         " (0.5, 0.65, 0.8, 1 planned), although 0.8 T missed it; A's own is 0.8 T (medians, 3 seeds at least)."
     )
     none = horizon_score(planned("S", h100=(0.1,) * 5, h80=(0.1,) * 5) + BASE, "S", "A", "d", target=0.8)
     base = horizon_score(BASE, "A", "A", "d", target=0.8)
-    assert verdict.horizon_verdict(none, base) == (
+    assert verdict.horizon_sentence(none, base) == (
         "Indicative only: S has no planned schedule that ends at or above mAP50-95 0.800 (planned: 0.8, 1 of T);"
         " A has none, but the two ran different ones (medians, 3 seeds at least)."
     )
     many = planned("A", h100=(0.5,) * 5, h80=(0.5,) * 5)
     alone = horizon_score(many, "A", "A", "d")
-    assert verdict.horizon_verdict(alone, alone) == (
+    assert verdict.horizon_sentence(alone, alone) == (
         "A's shortest planned schedule that ends at or above A's final mAP50-95 is 0.8 T (0.8, 1 planned)"
         " (medians, 5 seeds at least)."
     )
     full = horizon_score([run("A", 0, 0.5)], "A", "A", "d")
-    assert "were not run over shorter schedules" in verdict.horizon_verdict(full, full)
+    assert "were not run over shorter schedules" in verdict.horizon_sentence(full, full)
     nothing = horizon_score([run("A", 0, 0.0)], "A", "A", "d")
-    assert "no horizon to find" in verdict.horizon_verdict(nothing, nothing)
+    assert "no horizon to find" in verdict.horizon_sentence(nothing, nothing)
 
 
 def test_difference_verdict():
     gaps = (0.01, 0.02, 0.03, 0.02, 0.02)
     curves = [run("S", s, 0.5 + gap) for s, gap in enumerate(gaps)] + [run("A", s, 0.5) for s in range(6)]
     # Standard deviation sqrt(2e-4 / 4) = .00707107, half width 2.7764 * .00707107 / sqrt(5) = .0087798
-    assert verdict.difference_verdict(final_difference(curves, "S", "A", "d")) == (
+    assert verdict.difference_sentence(final_difference(curves, "S", "A", "d")) == (
         "S's final mAP50-95 minus A's is +0.020 (+0.011 to +0.029, 5 seeds): higher."
         " Left out, as not finished in both arms: seed 5."
     )
     alike = [run("S", 0, 0.4999)] + [run("A", 0, 0.5)]
-    assert verdict.difference_verdict(final_difference(alike, "S", "A", "d", "map50")) == (
+    assert verdict.difference_sentence(final_difference(alike, "S", "A", "d", "map50")) == (
         "Indicative only: S's final mAP50 minus A's is +0.000 (no interval, 1 seed): no difference shown."
     )
     crashed = [run("S", 0, 0.5, failed=True), run("A", 0, 0.5)]
-    assert "no finished seed in common" in verdict.difference_verdict(final_difference(crashed, "S", "A", "d"))
+    assert "no finished seed in common" in verdict.difference_sentence(final_difference(crashed, "S", "A", "d"))
 
 
 def test_control_verdict():
     one, two = run("A", 0, 0.5), run("A2", 0, 0.5)
-    assert verdict.control_verdict(control([one, two], "A", "A2")) == (
-        "A and A2, the same settings twice, gave equal curves in 1 run: the harness adds no difference."
+    assert verdict.control_sentence(control([one, two], "A", "A2")) == (
+        "A and A2, the same settings twice, gave equal curves in 1 run: the comparison itself adds no difference."
     )
-    assert verdict.control_verdict(control([one, run("A2", 0, 0.5125), run("A2", 1, 0.5)], "A", "A2")) == (
-        "A and A2, the same settings twice, differ by up to 0.0125 mAP (d, seed 0, 1 T): no smaller difference means"
-        " anything here. Left out, as in one arm only: 1 run."
+    assert verdict.control_sentence(control([one, run("A2", 0, 0.5125), run("A2", 1, 0.5)], "A", "A2")) == (
+        "A and A2, the same settings twice, differ by up to 0.0125 mAP (d, seed 0, 1 T): smaller differences are"
+        " not meaningful here. Left out, as in one arm only: 1 run."
     )
-    assert "differ in length" in verdict.control_verdict(control([one, run("A2", 0, 0.5, 0.5)], "A", "A2"))
+    assert "differ in length" in verdict.control_sentence(control([one, run("A2", 0, 0.5, 0.5)], "A", "A2"))

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from yolo_sophia.report.document import Code, Document, Fold, Section, Split, Table, Text, Verdict, to_html
-from yolo_sophia.report.markdown import to_markdown
+from yolo_sophia.report.document import Code, Document, Fold, Section, Split, Table, Text, Verdict
+from yolo_sophia.report.render import to_html, to_markdown
 
 ROOT = Path(__file__).parent.parent
 PTH = ROOT / "yolo_sophia" / "autoload.pth"

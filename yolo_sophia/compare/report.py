@@ -1,7 +1,4 @@
-"""The report of a comparison: verdict on top, then tables, curves, settings and everything needed to run it again.
-
-The rule: a report is written whatever the state of the runs, and each of its files is whole or the old one.
-"""
+"""The report of a comparison: report.html, report.md, results.csv and figures/."""
 
 from __future__ import annotations
 
@@ -11,25 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare import headline, sections, tables
-from yolo_sophia.compare.plan import Plan, plan_yaml
+from yolo_sophia.compare.plan import Plan
+from yolo_sophia.compare.sections import SECTIONS
+from yolo_sophia.compare.sections.verdict import ENOUGH
+from yolo_sophia.compare.statistics import ComparisonResult, compute
 from yolo_sophia.compare.tuning import Search
-from yolo_sophia.compare.view import View
-from yolo_sophia.report.document import Code, Document, Section, Text, pictures, to_html
-from yolo_sophia.report.markdown import to_markdown
+from yolo_sophia.report.document import Document
+from yolo_sophia.report.formatting import count, enumerated
+from yolo_sophia.report.render import write_document
 from yolo_sophia.runs.results import RunResult
-from yolo_sophia.runs.run import data_name
 
-HTML, MARKDOWN, CSV, FIGURES = "report.html", "report.md", "results.csv", "figures"
-READING = (
-    "Cost to the target: optimizer steps, images or training time (without validation) up to the end of the first "
-    "epoch that reaches the target; the median over seeds, where a run that missed it or crashed counts as infinite.",
-    "Ratio: the median over seeds of the arm's cost over the reference arm's with the same seed, which shares initial "
-    "weights, data order and augmentation; under 1 is cheaper. The interval is a bootstrap over seeds.",
-    "A run can touch its own final mAP early by luck, and a long schedule passes late through values that a short one "
-    "would have reached sooner: where horizons were run, they are the fairer score.",
-    "Best mAP is chosen on the validation images themselves and flatters every arm.",
-)
+CSV = "results.csv"
 
 
 def write_report(
@@ -40,14 +29,13 @@ def write_report(
     searches: Sequence[Search] = (),
     coco: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
-    """Write report.html, report.md, results.csv and figures/*.png, each file whole or not at all.
+    """Write report.html, report.md, results.csv and figures/*.png atomically, whatever the state of the runs.
 
     Args:
         plan: The plan.
-        results: Its runs as they stand; those that have not ended are listed as missing.
-        out: Folder to write into; made if need be.
-        searches: What tuning tried: per trial its settings, and what came of it under keys of
-            `sections.MEASURED`.
+        results: Its runs; planned runs without a result are reported as not ended.
+        out: Folder to write to; created if necessary.
+        searches: What tuning tried.
         coco: COCO metrics (fractions) by the key of their run.
 
     Returns:
@@ -57,55 +45,53 @@ def write_report(
         ValueError: A result belongs to an arm or a data set that the plan lacks.
     """
     out = Path(out)
-    view = View.of(plan, results)
-    document = compose(view, searches, coco or {})
+    result = compute(plan, results, searches, coco)
+    document = compose(result)
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / CSV, rows_csv(view))
+    atomic_write(out / CSV, rows_csv(result))
     return write_document(document, out)
 
 
-def write_document(document: Document, out: Path) -> Path:
-    """Write a document as report.html, report.md and figures/*.png; returns the path of the first."""
-    (out / FIGURES).mkdir(parents=True, exist_ok=True)
-    for picture in pictures(document.sections):
-        atomic_write(out / FIGURES / f"{picture.name}.png", picture.png)
-    atomic_write(out / MARKDOWN, to_markdown(document, FIGURES))
-    atomic_write(out / HTML, to_html(document))
-    return out / HTML
+def compose(result: ComparisonResult) -> Document:
+    """Render all sections."""
+    return Document(title(result), badges(result), [one for module in SECTIONS for one in module.sections(result)])
 
 
-def compose(view: View, searches: Sequence[Search], coco: Mapping[str, Mapping[str, float]]) -> Document:
-    """Put the report together."""
-    several = len(view.data) > 1
-    parts = [Section("verdict", "Verdict", sections.verdict(view))]
-    for number, data in enumerate(view.data, 1):
-        name = f"results-{number}" if several else "results"
-        parts.append(Section(name, f"Results on {data}", sections.results(view, data)))
-    parts += [
-        Section("profiles", "Over all data sets", sections.profiles(view) if several else []),
-        Section("horizons", "Planned horizons", sections.horizons(view) if len(view.plan.horizons) > 1 else []),
-        Section("coco", "COCO metrics", [tables.coco_table(view, coco)] if coco else []),
-        Section("sophia", "Inside Sophia", sections.sophia(view)),
-        Section("runs", "Runs", sections.runs(view)),
-        Section("settings", "Settings", sections.settings(view)),
-        Section("tuning", "Tuning", sections.tuning(view, searches)),
-        Section("setup", "Versions and hardware", sections.setup(view)),
-        Section("plan", "Plan", [Code(plan_yaml(view.plan), "Saved as plan.yaml: yolo-sophia compare plan=plan.yaml")]),
-        Section("reading", "How to read this", [Text(text) for text in READING]),
-    ]  # fmt: skip
-    return Document(headline.title(view), headline.badges(view), parts)
+def title(result: ComparisonResult) -> str:
+    """Arms, reference, data sets, and whether anything was tuned."""
+    first, *others = (arm for arm in result.arms if arm not in result.repeated)
+    text = f"{first} alone"
+    if others:
+        text = f"{enumerated(others) if len(others) < 5 else f'{len(others)} arms'} against {first}"
+    text += f" on {result.data[0].name}" if len(result.data) == 1 else f" on {len(result.data)} data sets"
+    trials = result.plan.tune_trials
+    return text + (f" (tuned, {count(trials, 'trial')} per arm)" if trials else " (untuned)")
 
 
-def rows_csv(view: View) -> str:
-    """One line per run and epoch; "nan" is a value that was not finite, and nothing a column that the run lacks."""
+def badges(result: ComparisonResult) -> list[str]:
+    """Short facts that a reader should know before the verdict."""
+    plan, states = result.plan, [record.state for record in result.records]
+    failed = states.count("failed")
+    return [
+        count(len(plan.seeds), "seed") + (": indicative only" if len(plan.seeds) < ENOUGH else ""),
+        f"{plan.epochs} epochs",
+        f"{states.count('finished')} of {count(result.planned, 'run')} finished",
+        *([f"{failed} failed"] if failed else []),
+        *([] if plan.tune_trials else ["untuned: presets and defaults"]),
+        f"BatchNorm {'recalibrated before each validation' if plan.bn_recalibrate else 'as Ultralytics keeps it'}",
+    ]
+
+
+def rows_csv(result: ComparisonResult) -> str:
+    """One line per run and epoch; "nan" for a value that was not finite, empty for a column that the run lacks."""
     first = ["epoch", "steps", "images", "seconds"]
-    others = [name for name in view.columns if name not in first]
+    columns = [*first, *(name for name in result.columns if name not in first)]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["data", "arm", "seed", "horizon", "state", "key", *first, *others])
-    for result in view.results:
-        run, state = result.run, "finished" if result.receipt is not None else "failed" if result.ended else "not ended"
-        for row in result.rows:
-            values = ["nan" if key in row and row[key] is None else row.get(key, "") for key in (*first, *others)]
-            writer.writerow([data_name(run.data), run.arm, run.seed, f"{run.horizon:g}", state, run.key, *values])
+    writer.writerow(["data", "arm", "seed", "horizon", "state", "key", *columns])
+    for record in result.records:
+        run = record.result.run
+        for row in record.result.rows:
+            values = ["nan" if key in row and row[key] is None else row.get(key, "") for key in columns]
+            writer.writerow([record.data, run.arm, run.seed, f"{run.horizon:g}", record.state, run.key, *values])
     return buffer.getvalue()

@@ -1,17 +1,14 @@
-"""Scores of finished runs, after AlgoPerf (arXiv 2306.07179): cost to a target, and its ratio to the reference's.
+"""Scores of the runs of one arm, after AlgoPerf (arXiv 2306.07179): final and best mAP, cost to a target.
 
-The one rule of this file: nothing is dropped in silence. A run that did not get there costs infinity, and every result
-says which seeds it rests on. Differences, horizons, profiles, the A/A control and all words are in `verdict.py`.
+A run that misses the target, and one that crashed, has infinite cost. `pairwise.py` compares arms.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, median, median_low, stdev
-
-import numpy as np
 
 from yolo_sophia.runs.results import MAP50, MAP50_95, RunResult
 from yolo_sophia.runs.run import data_name
@@ -19,13 +16,12 @@ from yolo_sophia.runs.run import data_name
 AXES = ("steps", "images", "seconds")
 METRICS = ("map50_95", "map50")
 FULL = 1.0  # the horizon of a run over all of T
-RESAMPLES = 10_000
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)  # Student's t, 1-10 df
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run that has ended, well or not; a run still going has no place here.
+    """A run that has finished or failed.
 
     Attributes:
         arm: Name of the arm.
@@ -33,9 +29,9 @@ class Curve:
         seed: Seed; runs of one seed share initial weights, data order and augmentation across arms.
         horizon: Length of the planned schedule as a fraction of T; 1 = full.
         steps, images, seconds: Optimizer steps, training images, training seconds, each up to the end of each epoch.
-        map50_95, map50: Validation mAP after each epoch, a fraction. A value that is not finite shows divergence; None
+        map50_95, map50: Validation mAP after each epoch, a fraction. A value that is not finite means divergence; None
             becomes NaN.
-        failed: The run crashed. Its costs are infinite and it has no final or best mAP.
+        failed: Whether the run crashed: its costs are infinite and it has no final or best mAP.
     """
 
     arm: str
@@ -64,7 +60,7 @@ class Curve:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{name}: one value per epoch was expected in every column, found {lengths}.")
         if not (self.steps or self.failed):
-            raise ValueError(f"{name}: no epoch. A run without one has failed: say failed=True.")
+            raise ValueError(f"{name}: no epoch. A run without one has failed: pass failed=True.")
         for column, values in columns.items():
             object.__setattr__(self, column, values)
             for epoch, value in enumerate(values, 1):
@@ -77,27 +73,21 @@ class Curve:
 
     @classmethod
     def of(cls, result: RunResult) -> Curve:
-        """The curve of a run that has ended."""
+        """Convert a run that has ended.
 
-        def column(name: str) -> tuple[float, ...]:
-            return tuple(math.nan if row.get(name) is None else row[name] for row in result.rows)
-
-        return cls(
-            arm=result.run.arm,
-            data=data_name(result.run.data),
-            seed=result.run.seed,
-            horizon=result.run.horizon,
-            **{axis: column(axis) for axis in AXES},
-            map50_95=column(MAP50_95),
-            map50=column(MAP50),
-            failed=result.receipt is None,
-        )
+        Raises:
+            ValueError: Its record is inconsistent.
+        """
+        names = {"map50_95": MAP50_95, "map50": MAP50}
+        columns = {name: tuple(row.get(names.get(name, name)) for row in result.rows) for name in AXES + METRICS}
+        run = result.run
+        return cls(run.arm, data_name(run.data), run.seed, run.horizon, **columns, failed=result.receipt is None)
 
     @property
     def diverged(self) -> bool:
         """Whether an mAP was not finite, or the last mAP50-95 is under a tenth of a best above .05.
 
-        A run that never learned anything has not diverged: it misses the target.
+        A run that never learned anything has not diverged; it misses the target.
         """
         if not all(map(math.isfinite, self.map50_95 + self.map50)):
             return True
@@ -117,8 +107,8 @@ def _or_zero(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def runs(curves: Iterable[Curve], arm: str, data: str, horizon: float = FULL) -> dict[int, Curve]:
-    """Return the runs of one arm, data set and horizon by seed, in order of seed; perhaps none.
+def runs_by_seed(curves: Iterable[Curve], arm: str, data: str, horizon: float = FULL) -> dict[int, Curve]:
+    """Return the runs of one arm, data set and horizon by seed, in order of seed.
 
     Raises:
         ValueError: No run has this arm or data set, or two runs are the same in arm, data set, seed and horizon.
@@ -137,18 +127,17 @@ def runs(curves: Iterable[Curve], arm: str, data: str, horizon: float = FULL) ->
 def default_target(curves: Iterable[Curve], reference: str, data: str) -> float | None:
     """Return the reference arm's median final mAP50-95 over full schedules.
 
-    Of an even number of seeds it is the lower of the middle two: so the reference reaches its own target in most seeds,
-    where the mean of the two would leave half of them short and its own median cost infinite. Failed runs have no final
-    mAP and do not count: a crash of the reference must not lower the bar.
+    For an even number of seeds it is the lower of the middle two, so that the reference reaches its own target in most
+    seeds. Failed runs are excluded: a crash of the reference must not lower the target.
 
     Returns:
-        The target, or None where there is nothing to reach: no run finished, or the median is 0.
+        The target; None if no run finished or the median is 0.
     """
-    finals = [curve.final() for curve in runs(curves, reference, data).values() if not curve.failed]
+    finals = [curve.final() for curve in runs_by_seed(curves, reference, data).values() if not curve.failed]
     return (median_low(finals) or None) if finals else None
 
 
-def goal(curves: Iterable[Curve], reference: str, data: str, target: float | None) -> float | None:
+def resolve_target(curves: Iterable[Curve], reference: str, data: str, target: float | None) -> float | None:
     """Return `target`, checked, or `default_target` if it is None.
 
     Raises:
@@ -178,9 +167,14 @@ class Mean:
     high: float | None
     count: int
 
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval."""
+        return None if self.high is None else self.high - self.value
+
 
 def mean(values: Iterable[float]) -> Mean:
-    """Average `values`. The interval assumes that they are about normal; it is not cut at 0 or 1."""
+    """Average `values`. The interval assumes a normal distribution and is not clipped to [0, 1]."""
     values = tuple(values)
     count = len(values)
     if count < 2:
@@ -200,16 +194,17 @@ def t_975(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """One row of the table: the full runs of an arm on a data set.
+    """The full runs of an arm on a data set.
 
     Attributes:
-        seeds: Seeds that were run, the failed ones too.
-        failed: Runs that crashed. They are in no mean, so the means flatter an arm that has any.
-        diverged: Runs that diverged; a run may be both.
+        seeds: Seeds that were run, failed runs included.
+        failed: Number of crashed runs. The means exclude them, so they flatter an arm with crashes.
+        diverged: Number of diverged runs; a run may be both.
         final, best, final50, best50: Final and best mAP50-95, then mAP50.
-        target: mAP50-95 to reach; None = there is none.
-        missed: Runs that missed it, the failed ones too.
-        cost: Per axis the median over seeds, a miss being infinity; None without target or runs.
+        target: mAP50-95 to reach; None without a target.
+        missed: Number of runs that missed it, failed runs included.
+        costs: Cost of each seed per axis, infinity for a miss; empty without a target.
+        cost: Median of `costs` per axis; None without a target.
     """
 
     arm: str
@@ -223,114 +218,17 @@ class Summary:
     best50: Mean
     target: float | None
     missed: int | None
+    costs: Mapping[str, tuple[float, ...]]
     cost: Mapping[str, float | None]
 
 
 def summarize(curves: Iterable[Curve], arm: str, data: str, target: float | None) -> Summary:
-    """Summarize the full runs of an arm on a data set; `target` as from `goal`."""
-    own = tuple(runs(curves, arm, data).values())
+    """Summarize the full runs of an arm on a data set; `target` as from `resolve_target`."""
+    own = tuple(runs_by_seed(curves, arm, data).values())
     done = [run for run in own if not run.failed]
     metrics = [mean(value(run, metric) for run in done) for metric in METRICS for value in (Curve.final, Curve.best)]
-    costs = {axis: [cost_to_target(run, target, axis) for run in own] if target else [] for axis in AXES}
+    costs = {axis: tuple(cost_to_target(run, target, axis) for run in own) if target else () for axis in AXES}
     missed = sum(map(math.isinf, costs["steps"])) if target else None
     medians = {axis: median(values) if values else None for axis, values in costs.items()}
     seeds, diverged = tuple(run.seed for run in own), sum(run.diverged for run in own)
-    return Summary(arm, data, seeds, len(own) - len(done), diverged, *metrics, target, missed, medians)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Cost of an arm over that of the reference, paired by seed.
-
-    Attributes:
-        target: mAP50-95 to reach; None = there is none, and no ratio.
-        default: Whether the target is `default_target` (else it was set).
-        seeds: Seeds that both arms have run.
-        unpaired: Seeds that only one of them has; left out.
-        ratios: Per paired seed: infinity where only the arm missed, 0 where only the reference did, NaN where both did.
-        failed: Paired runs of the arm, then of the reference, that crashed; each is a miss.
-        missed: Paired seeds that the arm, then the reference, missed.
-        value: Median of the ratios without the NaN; None where there are none, or where it lies between 0 and infinity.
-        low, high: Interval of `median_ratio`; None for fewer than two ratios.
-    """
-
-    arm: str
-    reference: str
-    data: str
-    axis: str
-    target: float | None
-    default: bool
-    seeds: tuple[int, ...]
-    unpaired: tuple[int, ...]
-    ratios: tuple[float, ...]
-    failed: tuple[int, int]
-    missed: tuple[int, int]
-    value: float | None
-    low: float | None
-    high: float | None
-
-    @property
-    def informative(self) -> int:
-        """Number of pairs that value and interval rest on: at least one arm reached the target."""
-        return sum(not math.isnan(ratio) for ratio in self.ratios)
-
-    @property
-    def direction(self) -> int:
-        """-1 for cheaper than the reference, 1 for dearer, 0 where the interval, to two decimals as shown, holds 1."""
-        return 0 if self.low is None else (round(self.low, 2) > 1) - (round(self.high, 2) < 1)
-
-
-def over(cost: float, base: float) -> float:
-    """Return cost / base for costs from 0 to infinity; NaN where both are infinite, 1 where both are 0."""
-    if cost == base:
-        return math.nan if math.isinf(cost) else 1.0
-    return cost / base if base else math.inf
-
-
-def _median_log(logs: np.ndarray) -> np.ndarray:
-    """Return the median over the last axis; NaN between -infinity and infinity."""
-    ordered, count = np.sort(logs, axis=-1), logs.shape[-1]
-    with np.errstate(invalid="ignore"):
-        return (ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2
-
-
-def median_ratio(ratios: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Return the median of ratios from 0 to infinity and its 95 % percentile bootstrap interval over seeds.
-
-    The median of an even number is the geometric mean of the middle two, so that swapping the arms inverts it; between
-    0 and infinity it is unknown. A resample whose median is unknown counts as 0 for the lower end and as infinity for
-    the upper one. Ends are medians of resamples, never interpolated. With two to five seeds the interval is the range
-    of the ratios and holds the true median with a probability of only 1 - 2**(1 - n): .94 for 5, .75 for 3.
-    """
-    if not ratios:
-        return None, None, None
-    with np.errstate(divide="ignore"):
-        logs = np.log(np.asarray(ratios, dtype=float))
-    value = None if np.isnan(middle := _median_log(logs)) else float(np.exp(middle))
-    if len(ratios) == 1:
-        return value, None, None
-    draws = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    medians = _median_log(logs[draws])
-    tail = RESAMPLES // 40
-    low, high = (np.sort(np.where(np.isnan(medians), unknown, medians)) for unknown in (-np.inf, np.inf))
-    return value, float(np.exp(low[tail - 1])), float(np.exp(high[-tail]))
-
-
-def cost_ratio(
-    curves: Iterable[Curve], arm: str, reference: str, data: str, axis: str = "steps", target: float | None = None
-) -> Ratio:
-    """Compare the cost of full runs to `target` (default: `default_target`) with the reference arm's, seed by seed.
-
-    A seed in which both arms missed says nothing about the ratio and is left out of it: if the arms are alike, the rest
-    are as likely above 1 as below.
-    """
-    curves = tuple(curves)
-    aim = goal(curves, reference, data, target)
-    both = own, base = runs(curves, arm, data), runs(curves, reference, data)
-    seeds, unpaired = tuple(seed for seed in own if seed in base), tuple(sorted(own.keys() ^ base.keys()))
-    costs = [[cost_to_target(arm_runs[seed], aim, axis) for seed in seeds] for arm_runs in both] if aim else [[], []]
-    ratios = tuple(over(*pair) for pair in zip(*costs))
-    failed = tuple(sum(arm_runs[seed].failed for seed in seeds) for arm_runs in both)
-    missed = tuple(sum(map(math.isinf, values)) for values in costs)
-    interval = median_ratio([ratio for ratio in ratios if not math.isnan(ratio)])
-    return Ratio(arm, reference, data, axis, aim, target is None, seeds, unpaired, ratios, failed, missed, *interval)
+    return Summary(arm, data, seeds, len(own) - len(done), diverged, *metrics, target, missed, costs, medians)

@@ -1,1 +1,1 @@
-"""Documents of blocks, and the HTML and Markdown made of them; knows nothing about optimizers."""
+"""Reports: documents of blocks, rendered to HTML and Markdown, and the style of figures."""

@@ -1,7 +1,7 @@
-"""Panels that figures are drawn on, the arms' styles, and SVG that a page can take in.
+"""The style of all figures: panels, line styles, and conversion to SVG for a page and to PNG.
 
-The rule: nothing is said by colour alone. Each arm has its own dash and marker, and its colour is a placeholder that
-becomes a CSS variable in the SVG, so that one drawing serves a light and a dark page.
+Lines differ in dash and marker as well as in color. Colors are placeholders that become CSS variables in the SVG, so
+that one figure serves the light and the dark theme.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
-PALETTE = {  # CSS variable -> on a light page (and in PNGs), on a dark page; told apart with a colour-vision deficiency
-    "ink": ("#1d2531", "#e8ebf0"),  # text, and the reference arm
+from yolo_sophia.report.document import Picture
+
+PALETTE = {  # CSS variable -> color in the light theme (and in PNGs), color in the dark theme; color-blind safe
+    "ink": ("#1d2531", "#e8ebf0"),  # text, and line 0
     "muted": ("#5b6472", "#a3acba"),
     "grid": ("#dfe2e7", "#333a45"),
     "arm1": ("#0067a8", "#5cb8f5"),
@@ -31,44 +33,44 @@ PALETTE = {  # CSS variable -> on a light page (and in PNGs), on a dark page; to
     "arm5": ("#8c6a00", "#e8c63d"),
     "arm6": ("#6a4fc4", "#b3a1ff"),
 }
-INK, MUTED, GRID, *COLOURS = (light for light, _ in PALETTE.values())
+INK, MUTED, GRID, *COLORS = (light for light, _ in PALETTE.values())
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1)), (0, (8, 2)))
 MARKERS = "osD^vPX*<>"
-WIDTH, HEIGHT = 4.3, 2.5  # inches; the height is that of the axes with their labels
-PER_LINE = 0.19  # inches of a line of text
+WIDTH, HEIGHT = 4.3, 2.5  # inches; the height covers the axes and their labels
+PER_LINE = 0.19  # inches per line of text
 
 
 @dataclass(frozen=True)
 class Style:
-    """How an arm is drawn in every figure: the reference arm in the colour of the text, others by their number."""
+    """Name, color, dash and marker of a line; number 0 has the color of the text."""
 
     name: str
     number: int
 
     @property
-    def colour(self) -> str:
-        """Placeholder of the arm's colour."""
-        return COLOURS[(self.number - 1) % len(COLOURS)] if self.number else INK
+    def color(self) -> str:
+        """The color in the light theme, a placeholder in SVG."""
+        return COLORS[(self.number - 1) % len(COLORS)] if self.number else INK
 
     @property
     def line(self) -> dict[str, Any]:
-        """Arguments of a line."""
+        """Keyword arguments of `Axes.plot`."""
         dash, marker = DASHES[self.number % len(DASHES)], MARKERS[self.number % len(MARKERS)]
-        return {"color": self.colour, "linestyle": dash, "marker": marker, "markersize": 4, "linewidth": 1.5}
+        return {"color": self.color, "linestyle": dash, "marker": marker, "markersize": 4, "linewidth": 1.5}
 
 
 def short(name: str, length: int = 24) -> str:
-    """A name that fits into a figure, its ends kept."""
+    """Shorten a name in the middle."""
     return name if len(name) <= length else f"{name[: length - 9]}\N{HORIZONTAL ELLIPSIS}{name[-8:]}"
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
+    """Escape text that matplotlib would interpret as mathematics."""
     return text.replace("$", r"\$")
 
 
 def panel(title: str, styles: Sequence[Style]) -> tuple[Figure, Axes]:
-    """A panel with its title on top and the legend between, laid out in inches: the page's fonts are not known here."""
+    """A panel with title, legend and axes from top to bottom, laid out in inches: the page's fonts are unknown here."""
     columns = 2 if any(len(style.name) > 11 for style in styles) else 3
     above = 0.34 + PER_LINE * math.ceil(len(styles) / columns)
     figure = _blank(title, HEIGHT + above, 0.62, 0.48, above)
@@ -113,20 +115,26 @@ def _blank(title: str, height: float, left: float, bottom: float, above: float) 
     return figure
 
 
+def picture(name: str, figure: Figure, alt: str) -> Picture:
+    """The figure for a report, under a name that is valid as a file name and as an id."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+    return Picture(name, alt, to_svg(figure, alt, name.replace(".", "-")), to_png(figure))
+
+
 def to_png(figure: Figure) -> bytes:
-    """The figure on white."""
+    """The figure on a white background."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, facecolor="white")
     return buffer.getvalue()
 
 
 def to_svg(figure: Figure, alt: str, prefix: str) -> str:
-    """The figure as an element for an HTML page that defines `PALETTE`'s variables: no size, no fonts, no addresses.
+    """The figure as an SVG element without size, fonts and namespaces, for a page that defines `PALETTE`'s variables.
 
     Args:
         figure: The figure.
-        alt: Its text alternative.
-        prefix: Makes the ids unique in the page.
+        alt: Text alternative.
+        prefix: Prefix that makes the ids unique in the page.
     """
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "yolo-sophia"}):
@@ -141,16 +149,16 @@ def to_svg(figure: Figure, alt: str, prefix: str) -> str:
 
 
 def _slim(tag: str, used: set[str], prefix: str) -> str:
-    """Make a tag fit into the page: what is between tags is text of users and stays as it is."""
+    """Shorten a tag and adapt it to the page; text between tags is left unchanged."""
     tag = " ".join(tag.replace("xlink:href", "href").split())
     tag = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", tag)
     tag = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", tag)
-    # The page's own font, whichever way this version of matplotlib names one; weight and size stay.
+    # Remove the font family, in the notation of any matplotlib version; keep weight and size.
     tag = re.sub(r"font: (?:(bold|\d00) )?([\d.]+px)[^;\"]*", r"font-weight: \1; font-size: \2", tag)
     tag = re.sub(r"font-weight: ; |font-family: [^;\"]*;? ?| transform=\"rotate\(-0 [^\"]*\"", "", tag)
     for name, (light, _) in PALETTE.items():
         tag = tag.replace(light, f"var(--{name})")
     tag = re.sub(r' [dxy]="[^"]*"', lambda place: re.sub(r"(\.\d)\d+", r"\1", place[0]), tag)
-    # A path of straight lines needs no "L"; one that is not painted is not needed at all.
+    # A path of straight lines needs no "L"; drop paths that are not painted.
     tag = tag if re.search(r' d="[^"]*[CQ]', tag) else tag.replace(" L ", " ")
     return "" if tag.startswith("<path") and tag.endswith('style="fill: none"/>') else tag

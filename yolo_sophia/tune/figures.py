@@ -22,7 +22,7 @@ MARKS = {  # state -> arguments of its marks
     "pruned": {"marker": "x", "markersize": 5},
     "best": {"marker": "*", "markersize": 11},
 }
-COLOURS = {"finished": Style("", 1).colour, "pruned": MUTED, "best": Style("", 2).colour}
+COLORS = {"finished": Style("", 1).color, "pruned": MUTED, "best": Style("", 2).color}
 
 
 def history(trials: Sequence[Trial], best: Trial) -> Figure:
@@ -45,7 +45,7 @@ def curves(trials: Sequence[Trial], best: Trial, start: Trial | None) -> Figure:
     styles += [Style(f"own settings (trial {start.number})", 0)] if start and start is not best else []
     figure, axes = panel("Scores after each epoch", styles)
     for trial in trials:
-        colour = MUTED if trial.state == "pruned" else COLOURS["finished"]
+        colour = MUTED if trial.state == "pruned" else COLORS["finished"]
         axes.plot(list(trial.curve), list(trial.curve.values()), color=colour, linewidth=0.7, alpha=0.5)
         if trial.state == "pruned" and trial.curve:
             epoch, value = list(trial.curve.items())[-1]
@@ -92,7 +92,7 @@ def importance(shares: Mapping[str, float]) -> Figure:
     """Share of each argument in what separates good trials from others."""
     figure, axes = row_panel("Importance of the arguments", list(shares))
     for y, share in enumerate(shares.values()):
-        axes.barh(y, share, height=0.58, color=COLOURS["finished"], alpha=0.35, linewidth=0)
+        axes.barh(y, share, height=0.58, color=COLORS["finished"], alpha=0.35, linewidth=0)
         axes.text(share + 0.015, y, f"{share:.0%}", va="center", color=INK, fontsize=8)
     axes.set(xlim=(0, 1.12), xlabel="share")
     axes.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
@@ -112,7 +112,7 @@ def _marked(title: str, trials: Sequence[Trial]) -> tuple[Figure, Axes]:
     names = [state for state in MARKS if state in there]
     figure, axes = panel(title, [Style(name, number) for number, name in enumerate(names)])
     for handle, name in zip(figure.legends[0].legend_handles, names):
-        handle.set(color=COLOURS[name], linestyle="none", **MARKS[name])
+        handle.set(color=COLORS[name], linestyle="none", **MARKS[name])
     return figure, axes
 
 
@@ -121,4 +121,4 @@ def _scatter(axes: Axes, trials: Sequence[Trial], best: Trial, places: Sequence[
         kind = "best" if trial is best else trial.state
         if kind in MARKS:
             layer = 4 if kind == "best" else 3
-            axes.plot(x, score_of(trial), color=COLOURS[kind], linestyle="none", zorder=layer, **MARKS[kind])
+            axes.plot(x, score_of(trial), color=COLORS[kind], linestyle="none", zorder=layer, **MARKS[kind])

@@ -12,10 +12,10 @@ from datetime import datetime
 from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare.galleries import picture
-from yolo_sophia.compare.report import write_document
-from yolo_sophia.compare.tables import DASH, count, duration, scalar
 from yolo_sophia.report.document import Block, Code, Document, Fold, Gallery, Section, Table, Text
+from yolo_sophia.report.figure_style import picture
+from yolo_sophia.report.formatting import DASH, count, duration, scalar
+from yolo_sophia.report.render import write_document
 from yolo_sophia.runs import environment as machine
 from yolo_sophia.runs.run import data_name
 from yolo_sophia.search_space import Range

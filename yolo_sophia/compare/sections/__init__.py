@@ -1,0 +1,21 @@
+"""The sections of a comparison's report, one module each; `SECTIONS` is their order.
+
+A module's `sections` renders a `ComparisonResult` as one section, or one per data set.
+"""
+
+from yolo_sophia.compare.sections import (
+    coco,
+    guide,
+    horizons,
+    plan,
+    profiles,
+    results,
+    runs,
+    settings,
+    setup,
+    sophia,
+    tuning,
+    verdict,
+)
+
+SECTIONS = (verdict, results, profiles, horizons, coco, sophia, runs, settings, tuning, setup, plan, guide)

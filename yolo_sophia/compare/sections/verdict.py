@@ -1,0 +1,228 @@
+"""The verdict on each arm, the A/A controls, and what to know before relying on them.
+
+A difference is stated only if its interval, as printed, excludes equality. With fewer than five paired seeds a sentence
+begins with "Indicative only".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from yolo_sophia.compare.figures import AXIS_NOUNS, style_of
+from yolo_sophia.compare.pairwise import Control, Difference, HorizonScore, Ratio
+from yolo_sophia.compare.sections.results import ratio_text
+from yolo_sophia.compare.sections.runs import listed
+from yolo_sophia.compare.statistics import ArmResult, ComparisonResult, DataResult
+from yolo_sophia.report.document import Block, Gallery, Picture, Section, Split, Text, Verdict
+from yolo_sophia.report.figure_style import INK, MUTED, picture, row_panel, short
+from yolo_sophia.report.formatting import TIMES, count, ratio_number
+
+ENOUGH = 5  # paired seeds
+WORDS = {  # axis -> what is saved, less of it, more of it
+    "steps": ("steps", "fewer steps", "more steps"),
+    "images": ("images", "fewer images", "more images"),
+    "seconds": ("training time", "less training time", "more training time"),
+}
+BATCH_NORM = {
+    True: "BatchNorm: running statistics were recalibrated on training images before each validation, in every arm.",
+    False: "BatchNorm: running statistics as Ultralytics keeps them, in every arm (bn_recalibrate=False). Validation "
+    "early in a run measures how far they lag behind as much as the optimizer.",
+}
+NO_RUN = "No run has finished yet: there is nothing to compare."
+UNTUNED = "Untuned: every arm ran with its preset or defaults, so this compares settings as much as optimizers."
+
+
+def sections(result: ComparisonResult) -> list[Section]:
+    """Warnings, verdicts, and the ratios of steps and time to the target."""
+    blocks: list[Block] = []
+    if missing := result.not_ended:
+        text = f"Incomplete. {len(missing)} of {count(result.planned, 'run')} not ended: {listed(missing[:6])}"
+        text += f" and {len(missing) - 6} more (see Runs)" if len(missing) > 6 else ""
+        blocks.append(Text(f"{text}. All results below are based on the other runs and may change.", "warning"))
+    if not any(record.state == "finished" for record in result.records):
+        return [Section("verdict", "Verdict", [*blocks, Text(NO_RUN, "warning")])]
+    if len(result.arms) == 1:
+        blocks.append(Text(f"{result.arms[0]} is the only arm: there is nothing to compare it with."))
+    verdicts: list[Block] = [
+        _verdict(result, data, arm) for data in result.data for arm in data.arms[1:] if arm.name not in result.repeated
+    ]
+    verdicts += [_control_verdict(found) for found in result.controls]
+    if not result.plan.tune_trials and len(result.arms) > 1:
+        verdicts.append(Text(UNTUNED, "note"))
+    verdicts.append(Text(BATCH_NORM[result.plan.bn_recalibrate], "note"))
+    if pictures := [drawn for axis in ("steps", "seconds") if (drawn := _forest(result, axis))]:
+        caption = "Marks: median over seeds. Lines: 95 % interval, with an arrow where it continues."
+        verdicts = [Split(verdicts, [Gallery(pictures, caption)])]
+    return [Section("verdict", "Verdict", [*blocks, *verdicts])]
+
+
+def _verdict(result: ComparisonResult, data: DataResult, arm: ArmResult) -> Verdict:
+    """Steps to the target, horizons, final mAP and training time of an arm."""
+    reference = data.arms[0]
+    name = arm.name if len(result.data) == 1 else f"{arm.name} on {data.name}"
+    if not arm.ratios:
+        lacking = " and ".join(one.name for one in (arm, reference) if not one.records)
+        return Verdict(name, "no verdict", "open", [f"No full run of {lacking} has ended on {data.name} yet."])
+    ratio = arm.ratios["steps"]
+    _, less, more = WORDS["steps"]
+    badge, tone = {-1: (less, "better"), 0: ("no difference shown", "open"), 1: (more, "worse")}[ratio.direction]
+    if not ratio.informative:
+        badge = "no verdict"
+    elif ratio.informative < ENOUGH and ratio.direction:
+        badge, tone = f"{badge}, indicative only", f"{tone} hint"
+    sentences = [cost_sentence(ratio)]
+    if len(result.plan.horizons) > 1:
+        sentences.append(horizon_sentence(arm.horizons, reference.horizons))
+    sentences += [difference_sentence(arm.difference), cost_sentence(arm.ratios["seconds"])]
+    return Verdict(name, badge, tone, list(dict.fromkeys(sentences)))  # equal sentences without a target
+
+
+def _control_verdict(found: Control) -> Verdict:
+    badge, tone = ("passed", "better") if found.largest == 0 else ("differs", "worse")
+    return Verdict(f"A/A control: {found.first} and {found.second}", badge, tone, [control_sentence(found)])
+
+
+def cost_sentence(ratio: Ratio) -> str:
+    """Which arm reached the target at less cost, if the interval shows it."""
+    arm, base, (noun, less, more) = ratio.arm, ratio.reference, WORDS[ratio.axis]
+    paired, known = len(ratio.seeds), ratio.informative
+    aim = _target(ratio)
+    if not paired:
+        return f"{arm} and {base} have no seed in common on {ratio.data}: no verdict."
+    if ratio.target is None:
+        return f"{base} has no final mAP50-95 above 0 on {ratio.data}, so there is nothing to reach: no verdict."
+    if arm == base:
+        return f"{arm} is the reference; it missed {aim} in {_of(ratio.missed[0], paired)}."
+    misses = f"{arm} missed {{}} in {_of(ratio.missed[0], paired)}, {base} in {_of(ratio.missed[1], paired)}"
+    end = {-1: less, 0: "no difference shown", 1: more}[ratio.direction]
+    if ratio.value is not None and 0 < ratio.value < math.inf:
+        spread = "no interval" if ratio.low is None else f"{ratio_number(ratio.low)}-{ratio_number(ratio.high)}"
+        whose = "its" if ratio.default else f"{base}'s"
+        share = f"{ratio_number(ratio.value)}x {whose} {noun}"
+        text = f"{arm} reached {aim} in {share} ({spread}, {count(known, 'seed')}): {end}."
+        text += f" {misses.format('it')}." if any(ratio.missed) else ""
+    else:
+        text = f"{misses.format(aim)}: {end if known else 'no verdict'}."
+    if 0 < known < paired:
+        text += f" Where both missed it ({count(paired - known, 'seed')}), nothing is said about the ratio."
+    if any(ratio.failed):
+        text += f" Crashed runs count as misses: {arm} {ratio.failed[0]}, {base} {ratio.failed[1]}."
+    return _qualified(known, text) + _left_out(ratio.unpaired, "run in one arm only")
+
+
+def horizon_sentence(score: HorizonScore, own: HorizonScore) -> str:
+    """Which planned schedule reached the target; `own` is the reference arm's score."""
+    arm, base, aim = score.arm, score.reference, _target(score)
+    if score.target is None:
+        return f"{base} has no final mAP50-95 above 0 on {score.data}, so there is no horizon to find."
+    planned, theirs = ([horizon for horizon, *_ in one.medians] for one in (score, own))
+    if max(len(planned), len(theirs)) < 2:
+        return f"{arm} and {base} were not run over shorter schedules on {score.data}."
+    listed = ", ".join(f"{horizon:g}" for horizon in planned)
+    if score.shortest is None:
+        text = f"{arm} has no planned schedule that ends at or above {aim} (planned: {listed} of T)"
+    else:
+        text = (
+            f"{arm}'s shortest planned schedule that ends at or above {aim} is {score.shortest:g} T ({listed} planned)"
+        )
+    if score.missed_longer:
+        text += f", although {', '.join(f'{horizon:g} T' for horizon in score.missed_longer)} missed it"
+    if arm != base:
+        text += f"; {base} has none" if own.shortest is None else f"; {base}'s own is {own.shortest:g} T"
+        text += "" if planned == theirs else ", but the two ran different ones"
+    fewest = min(seeds for one in (score, own) for *_, seeds in one.medians)
+    return _qualified(fewest, f"{text} (medians, {count(fewest, 'seed')} at least).")
+
+
+def difference_sentence(gap: Difference) -> str:
+    """Which arm has the higher final mAP, if the interval shows it."""
+    metric = {"map50_95": "mAP50-95", "map50": "mAP50"}[gap.metric]
+    value, low, high = gap.mean.value, gap.mean.low, gap.mean.high
+    if value is None:
+        return f"{gap.arm} and {gap.reference} have no finished seed in common on {gap.data}: no verdict."
+    spread = "no interval" if low is None else f"{_gap(low)} to {_gap(high)}"
+    end = {-1: "lower", 0: "no difference shown", 1: "higher"}[gap.direction]
+    paired = f"{gap.arm}'s final {metric} minus {gap.reference}'s is {_gap(value)}"
+    text = f"{paired} ({spread}, {count(gap.mean.count, 'seed')}): {end}."
+    return _qualified(gap.mean.count, text) + _left_out(gap.left_out, "not finished in both arms")
+
+
+def control_sentence(result: Control) -> str:
+    """Whether two arms with the same settings gave equal curves."""
+    names = f"{result.first} and {result.second}, the same settings twice,"
+    if result.largest == 0:
+        text = f"{names} gave equal curves in {count(result.pairs, 'run')}: the comparison itself adds no difference."
+    else:
+        size = f"by up to {result.largest:.3g} mAP" if math.isfinite(result.largest) else "in length, steps or outcome"
+        data, seed, horizon = result.where
+        text = (
+            f"{names} differ {size} ({data}, seed {seed}, {horizon:g} T): smaller differences are not meaningful here."
+        )
+    return text + (f" Left out, as in one arm only: {count(len(result.unpaired), 'run')}." if result.unpaired else "")
+
+
+def _target(score: Ratio | HorizonScore) -> str:
+    return f"{score.reference}'s final mAP50-95" if score.default else f"mAP50-95 {score.target:.3f}"
+
+
+def _of(part: int, seeds: int) -> str:
+    return f"{part} of {count(seeds, 'seed')}"
+
+
+def _gap(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: no "-0.000"
+
+
+def _qualified(seeds: int, text: str) -> str:
+    return text if seeds >= ENOUGH else f"Indicative only: {text}"
+
+
+def _left_out(seeds: Sequence[int], why: str) -> str:
+    return f" Left out, as {why}: seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}." if seeds else ""
+
+
+def _forest(result: ComparisonResult, axis: str) -> Picture | None:
+    """Ratios to the reference arm with their intervals, on all data sets; None if no ratio is known."""
+    several = len(result.data) > 1
+    arms = [arm for data in result.data for arm in data.arms if axis in arm.ratios]
+    if not any(arm.ratios[axis].informative for arm in arms):
+        return None
+    names = [arm.data if several and len(result.arms) == 2 else f"{short(arm.name, 14)}, {arm.data}" for arm in arms]
+    title = f"{AXIS_NOUNS[axis]} to the target over {short(result.plan.reference, 20)}'s"
+    found = (f"{arm.name}{f' on {arm.data}' if several else ''} {ratio_text(arm.ratios[axis])}" for arm in arms)
+    alt = f"{title}: {', '.join(found)}."
+    figure = _forest_figure(title[0].upper() + title[1:], names if several else [arm.name for arm in arms], arms, axis)
+    return picture(f"{AXIS_NOUNS[axis]}-ratio", figure, alt)
+
+
+def _forest_figure(title: str, names: Sequence[str], arms: Sequence[ArmResult], axis: str) -> Figure:
+    figure, axes = row_panel(title, names)
+    ratios = [arm.ratios[axis] for arm in arms]
+    ends = [v for ratio in ratios for v in (ratio.value, ratio.low, ratio.high) if v and math.isfinite(v)]
+    reach = min(max([1.25, *(max(v, 1 / v) for v in ends)]) * 1.15, 12.0)
+    axes.set_xscale("log")
+    axes.axvline(1, color=INK, linewidth=1)
+    for y, (style, ratio) in enumerate(zip(map(style_of, arms), ratios)):
+        if ratio.low is not None and ratio.high is not None:
+            low, high = (min(max(v, 1 / reach), reach) for v in (ratio.low, ratio.high))
+            axes.plot([low, high], [y, y], color=style.color, linewidth=2.2, solid_capstyle="butt")
+            for mark, edge, beyond in (("<", 1 / reach, ratio.low < 1 / reach), (">", reach, ratio.high > reach)):
+                if beyond:
+                    axes.plot(edge, y, mark, color=style.color, markersize=6, clip_on=False)
+        if ratio.value and 1 / reach <= ratio.value <= reach:
+            axes.plot(ratio.value, y, style.line["marker"], color=style.color, markersize=7)
+        elif ratio.value is None:
+            axes.text(1.02, y + 0.18, "no ratio", va="center", color=MUTED, fontsize=8)
+    axes.set_xlim(1 / reach, reach)
+    steps = [0.1, 0.2, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 5, 10]
+    shown = [v for v in steps if 1 / reach <= v <= reach and (reach < 3 or v not in {0.7, 0.85, 1.2, 1.5})]
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}{TIMES}"))
+    gap = 2 * "\N{EM SPACE}"  # a page would join ordinary spaces
+    axes.set_xlabel(f"\N{LEFTWARDS ARROW} less{gap}than the reference{gap}more \N{RIGHTWARDS ARROW}")
+    return figure
