@@ -324,7 +324,7 @@ def test_versions_that_differ_are_pointed_out(tmp_path):
 
 
 def test_plan_is_read_back_as_it_was(monkeypatch):
-    monkeypatch.setattr(planning, "_check_known", lambda *_: None)
+    monkeypatch.setattr(planning, "check_arm", lambda *_: None)
     content = {
         "data": ["a.yaml", "sets/b/data.yaml"], "model": "yolov8n.pt", "epochs": 7, "imgsz": 192,
         "optimizers": ["AdamW", "AdamW", "blog"],

@@ -387,12 +387,18 @@ def to_yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(plain(content), sort_keys=False, allow_unicode=True)
 
 
-def plain(value: Any) -> Any:
-    """A value in the types of YAML; a tuple, which a word such as `classes=0,3` gives, becomes that word."""
+def plain(value: Any, *, words: bool = True) -> Any:
+    """A value in the types of YAML.
+
+    Args:
+        value: The value.
+        words: Write a tuple, which a word such as `classes=0,3` gives, as that word; otherwise as a list, which is what
+            the file can hold inside `optimizer_args`.
+    """
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, tuple):
+        return {key: plain(item, words=words and key != "optimizer_args") for key, item in value.items()}
+    if isinstance(value, tuple) and words:
         return repr(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item, words=words) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
