@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest needs there
 
 PACKAGE = Path(__file__).parent.parent / "yolo_sophia"
 ALLOWED = {  # room -> rooms of this package that it may import
@@ -25,6 +32,13 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "cli": {"optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},
     "": {"optim", "autoload", "tune"},  # __init__.py
 }
+EXTRAS = {  # room -> extras of pyproject.toml whose packages it may import; any other room has the dependencies alone
+    "runs": {"compare", "tune", "ray", "test-extras"},  # pycocotools is taken where faster-coco-eval is missing
+    "report": {"compare", "tune"},
+    "compare": {"compare"},
+    "tune": {"tune", "ray"},
+}
+DISTRIBUTIONS = {"cv2": "opencv-python", "yaml": "pyyaml", "faster_coco_eval": "faster-coco-eval"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -60,3 +74,19 @@ def test_imports(path):
             assert room(path) == "integration", f"{path} imports {name}; only integration/ knows Ultralytics"
         elif parts[0] == "torch":
             assert room(path) in {"optim", "curvature", "integration"}, f"{path} imports {name}"
+
+
+def declared() -> dict[str, set[str]]:
+    """Names of the distributions by extra; the dependencies are those of the extra ""."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    lists = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: {re.match(r"[\w.-]+", line)[0].lower() for line in lines} for extra, lines in lists.items()}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_is_imported_is_declared(path):
+    there, extras = declared(), EXTRAS.get(room(path), set())
+    allowed = set.union(*(there[extra] for extra in {"", *extras}))
+    names = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"yolo_sophia"}
+    missing = {name for name in names if DISTRIBUTIONS.get(name, name) not in allowed}
+    assert not missing, f"{path} imports {missing}, which pyproject.toml does not declare in dependencies or {extras}"
