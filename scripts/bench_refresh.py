@@ -122,14 +122,14 @@ def main() -> None:
     """Measure, add to the file, print the medians over the file."""
     from ultralytics.cfg import parse_key_value_pair
 
-    from yolo_sophia.presets import KNOBS
+    from yolo_sophia.options import OPTIONS
     from yolo_sophia.shapes import generate
 
     os.environ.setdefault("YOLO_VERBOSE", "false")  # of the trainings; theirs would be in each other's way
     given = dict(map(parse_key_value_pair, sys.argv[1:]))
     imgsz, nbs, seconds = (given.pop(key, default) for key, default in (("imgsz", 160), ("nbs", 16), ("seconds", 150)))
     optimizer, file = given.pop("optimizer", "SophiaG"), given.pop("file", None)
-    knobs = {key: given.pop(key) for key in (KNOBS.keys() | {"sophia"}) - {"hessian_interval"} if key in given}
+    knobs = {key: given.pop(key) for key in (OPTIONS.keys() | {"sophia"}) - {"hessian_interval"} if key in given}
     knobs.setdefault("hessian_warmup", 0)  # the refreshes of the first steps are not part of a cycle
     knobs["hessian_interval"], accumulate = MEASURED, max(1, round(nbs / BATCH))
     with tempfile.TemporaryDirectory() as folder:

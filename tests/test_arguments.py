@@ -1,4 +1,4 @@
-"""Sophia's knobs as Ultralytics arguments: precedence, records, presets, and every refusal in one clear message."""
+"""Sophia's options as Ultralytics arguments: precedence, records, presets, and every refusal in one clear message."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from ultralytics.engine.tuner import Tuner
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from yolo_sophia.integration.arguments import MARKER, OUR_KEYS, SOPHIA_KEYS, canonical_optimizer, resolve, settle
+from yolo_sophia.integration.arguments import OUR_KEYS, SOPHIA_KEYS, canonical_optimizer, finalize
+from yolo_sophia.integration.explicit import MARKER, keyword_arguments
+from yolo_sophia.integration.resolution import Facts, resolve
 from yolo_sophia.optim.base import HESSIAN_AVERAGES
-from yolo_sophia.presets import AVERAGES, BORROWED, KNOBS, check_value, load_preset, preset_directory, preset_names
+from yolo_sophia.options import ALL, OPTIONS, ULTRALYTICS_ARGS
+from yolo_sophia.presets import load_preset, preset_directory, preset_names
 
 pytestmark = pytest.mark.compat
 
@@ -31,7 +35,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "hessian_interval": 7,
     "hessian_warmup": 3,
     "cautious": True,
-    "hessian_root": True,
+    "hessian_power": 0.5,
     "bn_momentum": 0.2,
     "head_lr_factor": 3.5,
     "hessian_fraction": 0.6,
@@ -50,24 +54,48 @@ PUBLISHED = load_preset("published").settings
 
 
 def test_there_is_an_example_for_every_argument():
-    assert EXAMPLES.keys() == KNOBS.keys() | BORROWED.keys()
+    assert EXAMPLES.keys() == ALL.keys()
 
 
-def settled(**typed: Any) -> dict[str, Any]:
-    """Arguments of a run with these typed, as its trainer gets them."""
-    typed = {"optimizer": "SophiaG", **typed}
-    args = get_cfg(overrides=typed)
-    settle(args, typed)
+def recorded(**given: Any) -> dict[str, Any]:
+    """Arguments of a run with these given, before its model is there."""
+    given = {"optimizer": "SophiaG", **given}
+    args = get_cfg(overrides=given)
+    finalize(args, given)
     return vars(args)
 
 
-def again(args: dict[str, Any], **typed: Any) -> dict[str, Any]:
-    """Arguments of a run that got all of `args` as if they were typed, and these typed over them."""
-    return settled(**{**args, **typed})
+def decided(**given: Any) -> dict[str, Any]:
+    """The same in the end, for a training from scratch; with everything of another run given, as a child gets it."""
+    args = recorded(**given)
+    return (
+        args if canonical_optimizer(args["optimizer"]) is None else {**args, **resolve(args, (), Facts(False)).values}
+    )
+
+
+def again(args: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """The same with `cfg=` an args.yaml of these arguments, and these given on top."""
+    with keyword_arguments({"cfg": "args.yaml", **given}):
+        return decided(**{**args, **given})
 
 
 def sources(args: dict[str, Any]) -> dict[str, str]:
-    return resolve(args, ()).sources
+    return resolve(args, (), Facts(False)).sources
+
+
+def settings_of(train: Callable[[YOLO], Any], model: str) -> dict[str, Any]:
+    """Arguments of a training when its optimizer has been built; it is stopped there."""
+    kept: dict[str, Any] = {}
+
+    def stop(trainer):
+        kept.update(vars(trainer.args))
+        raise KeyboardInterrupt
+
+    made = YOLO(model)
+    made.add_callback("on_pretrain_routine_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(made)
+    return kept
 
 
 @pytest.fixture
@@ -91,91 +119,92 @@ def read_args(run: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("key", EXAMPLES)
-def test_typed_over_preset_over_default(key, write_preset):
+def test_explicit_over_preset_over_default(key, write_preset):
     other = {k: v for k, v in EXAMPLES.items() if k != key}
-    default = KNOBS[key].default if key in KNOBS else DEFAULT_CFG_DICT[key]
+    default = OPTIONS[key].default if key in OPTIONS else DEFAULT_CFG_DICT[key]
 
-    empty = settled(sophia=str(write_preset({}, "empty.yaml")))
-    assert empty[key] == default
-    assert sources(empty).get(key, "default") == "default"
+    empty = {"sophia": str(write_preset({}, "empty.yaml"))}
+    assert decided(**empty)[key] == default
+    assert sources(recorded(**empty)).get(key, "default") == "default"
 
-    preset = settled(sophia=str(write_preset({key: EXAMPLES[key]}, "one.yaml")))
-    assert preset[key] == EXAMPLES[key]
-    assert sources(preset)[key] == "preset"
+    preset = {"sophia": str(write_preset({key: EXAMPLES[key]}, "one.yaml"))}
+    assert decided(**preset)[key] == EXAMPLES[key]
+    assert sources(recorded(**preset))[key] == "preset"
 
-    typed = settled(sophia=str(write_preset(other | {key: default}, "all.yaml")), **{key: EXAMPLES[key]})
-    assert typed[key] == EXAMPLES[key]
+    given = {"sophia": str(write_preset(other | {key: default}, "all.yaml")), key: EXAMPLES[key]}
+    explicit = decided(**given)
+    assert explicit[key] == EXAMPLES[key]
     steered = {"rho"} if key == "clip_fraction" else set()  # which asks for rho=auto
-    assert sources(typed) == dict.fromkeys(EXAMPLES, "preset") | dict.fromkeys({key} | steered, "typed")
-    assert {k: typed[k] for k in other if k not in steered} == {k: v for k, v in other.items() if k not in steered}
+    assert sources(recorded(**given)) == dict.fromkeys(EXAMPLES, "preset") | dict.fromkeys({key} | steered, "explicit")
+    assert {k: explicit[k] for k in other if k not in steered} == {k: v for k, v in other.items() if k not in steered}
 
 
 @pytest.mark.parametrize("key", EXAMPLES)
-def test_a_typed_value_that_equals_the_default_is_typed(key, write_preset):
-    default = KNOBS[key].default if key in KNOBS else DEFAULT_CFG_DICT[key]
-    args = settled(sophia=str(write_preset(EXAMPLES)), **{key: default})
+def test_an_explicit_value_that_equals_the_default_is_explicit(key, write_preset):
+    default = OPTIONS[key].default if key in OPTIONS else DEFAULT_CFG_DICT[key]
+    args = decided(sophia=str(write_preset(EXAMPLES)), **{key: default})
     assert args[key] == default
-    assert sources(args)[key] == "typed"
+    assert sources(args)[key] == "explicit"
 
 
 @pytest.mark.parametrize("typed", [{"rho": "AUTO"}, {"clip_fraction": 0.3}, {"rho": "auto", "clip_fraction": 0.3}])
 def test_rho_is_steered_where_it_or_the_fraction_is_asked_for(typed, write_preset):
-    args = settled(sophia=str(write_preset({"rho": 0.123})), **typed)
+    args = decided(sophia=str(write_preset({"rho": 0.123})), **typed)
     assert args["rho"] == "auto"
-    assert args["clip_fraction"] == typed.get("clip_fraction", KNOBS["clip_fraction"].default)
-    assert settled(**args) == args
-    assert "clip_fraction=" in resolve(args, ()).describe()
+    assert args["clip_fraction"] == typed.get("clip_fraction", OPTIONS["clip_fraction"].default)
+    assert decided(**args) == args
+    assert "clip_fraction=" in resolve(args, (), Facts(False)).describe()
 
 
 def test_a_fixed_rho_has_no_clip_fraction(write_preset):
     path = str(write_preset({"rho": "auto", "clip_fraction": 0.3}))
-    assert "clip_fraction" not in resolve(settled(sophia=path, rho=0.1), ()).describe()
+    assert "clip_fraction" not in resolve(decided(sophia=path, rho=0.1), (), Facts(False)).describe()
     with pytest.raises(ValueError, match=r"clip_fraction=0.4 belongs to rho=auto, found rho=0.1: remove one"):
-        settled(sophia=path, rho=0.1, clip_fraction=0.4)
+        decided(sophia=path, rho=0.1, clip_fraction=0.4)
 
 
 def test_the_averages_are_those_of_the_optimizer():
-    assert AVERAGES == ("element", *HESSIAN_AVERAGES)
+    assert OPTIONS["hessian_average"].choices == ("element", *HESSIAN_AVERAGES)
 
 
 @pytest.mark.parametrize("typed", [{}, {"hessian_estimator": "hutchinson"}], ids=["implied", "typed"])
 def test_sophia_h_implies_hutchinson(typed):
-    args = settled(optimizer="sophiah", **typed)
+    args = decided(optimizer="sophiah", **typed)
     assert (args["optimizer"], args["hessian_estimator"]) == ("SophiaH", "hutchinson")
-    assert resolve(args, ()).sources["hessian_estimator"] == "optimizer"
+    assert sources(recorded(optimizer="sophiah", **typed))["hessian_estimator"] == "optimizer"
     assert again(args) == args
 
 
 @pytest.mark.parametrize(("optimizer", "estimator"), [("SophiaH", "gnb"), ("SophiaG", "hutchinson")])
 def test_estimators_of_the_other_optimizer_are_refused(optimizer, estimator):
     with pytest.raises(ValueError, match=f"hessian_estimator={estimator} does not go with optimizer={optimizer}"):
-        settled(optimizer=optimizer, hessian_estimator=estimator)
+        decided(optimizer=optimizer, hessian_estimator=estimator)
 
 
 def test_lr0_typed_and_untyped():
     assert DEFAULT_CFG_DICT["lr0"] == 0.01
-    assert settled()["lr0"] == SCRATCH["lr0"] != 0.01
-    assert settled(lr0=0.01)["lr0"] == 0.01
-    assert settled(sophia="published")["lr0"] == PUBLISHED["lr0"]
-    assert settled(sophia="published", lr0=0.01)["lr0"] == 0.01
+    assert decided()["lr0"] == SCRATCH["lr0"] != 0.01
+    assert decided(lr0=0.01)["lr0"] == 0.01
+    assert decided(sophia="published")["lr0"] == PUBLISHED["lr0"]
+    assert decided(sophia="published", lr0=0.01)["lr0"] == 0.01
 
 
 def test_the_default_preset_is_detect_and_its_values_arrive():
-    args = settled()
+    args = decided()
     assert {key: args[key] for key in SCRATCH} == dict(SCRATCH)
     assert (args["sophia"], args[MARKER]) == ("detect-scratch", "detect-scratch:")
 
 
 def test_untouched_arguments_stay_ultralytics_own():
-    args = settled(rho=0.3)
-    rest = DEFAULT_CFG_DICT.keys() - KNOBS.keys() - BORROWED.keys() - {*OUR_KEYS, "optimizer"}
+    args = decided(rho=0.3)
+    rest = DEFAULT_CFG_DICT.keys() - OPTIONS.keys() - ULTRALYTICS_ARGS.keys() - {*OUR_KEYS, "optimizer"}
     assert {key: args[key] for key in rest} == {key: DEFAULT_CFG_DICT[key] for key in rest}
 
 
 @pytest.mark.parametrize("name", ["SophiaG", "sophiag", "SOPHIAG"])
 def test_names_in_any_case(name):
-    assert settled(optimizer=name, sophia="Published")["optimizer"] == "SophiaG"
-    assert settled(optimizer=name, sophia="Published")["sophia"] == "published"
+    assert decided(optimizer=name, sophia="Published")["optimizer"] == "SophiaG"
+    assert decided(optimizer=name, sophia="Published")["sophia"] == "published"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +212,7 @@ def test_names_in_any_case(name):
 )
 def test_other_names_are_not_ours(name):
     assert canonical_optimizer(name) is None
-    args = settled(optimizer=name)
+    args = decided(optimizer=name)
     assert not set(OUR_KEYS) & args.keys()
     assert args == {k: v for k, v in DEFAULT_CFG_DICT.items() if k not in OUR_KEYS} | {"optimizer": name}
 
@@ -196,40 +225,44 @@ STARTS = [{}, {"lr0": 0.01}, {"rho": 0.3, "momentum": 0.937}, {"sophia": "publis
 
 @pytest.mark.parametrize("typed", STARTS, ids=str)
 def test_a_child_that_gets_everything_decides_the_same(typed):
-    parent = settled(**typed)
-    assert again(parent) == parent
-    assert sources(again(parent)) == sources(parent)
+    parent = recorded(**typed)
+    assert recorded(**parent) == parent
+    assert decided(**parent) == decided(**typed)
+    assert sources(recorded(**parent)) == sources(parent)
+    assert decided(**decided(**typed)) == decided(**typed)
 
 
 @pytest.mark.parametrize("typed", STARTS, ids=str)
 def test_the_way_through_a_command_line(typed):
     """As engine.trainer.MultiTrainer starts the children of `tune`."""
-    parent = settled(**typed)
+    parent = decided(**typed)
     child = dict(parse_key_value_pair(f"{key}={value}") for key, value in parent.items())
     assert {key: child[key] for key in (*EXAMPLES, *SOPHIA_KEYS)} == {
         key: parent[key] for key in (*EXAMPLES, *SOPHIA_KEYS)
     }
-    assert again(child) == parent
+    assert decided(**child) == parent
 
 
 @pytest.mark.parametrize("typed", STARTS, ids=str)
 def test_resume_takes_the_record(typed):
-    parent = settled(**typed)
+    parent = decided(**typed)
     args = Namespace(**{**parent, "resume": "last.pt"})  # as check_resume leaves it
-    settle(args, {"resume": True, "rho": 9.0, "lr0": 9.0})
+    finalize(args, {"resume": True, "rho": 9.0, "lr0": 9.0})
     assert vars(args) == {**parent, "resume": "last.pt"}
+    assert resolve(vars(args), (), Facts(True)).values.items() <= parent.items()
 
 
 def test_a_value_typed_over_a_record_wins():
-    record = settled(lr0=0.01)
+    record = decided(lr0=0.01)
     args = again(record, rho=0.3)
     assert args == {**record, "rho": 0.3, MARKER: "detect-scratch:lr0,rho"}
-    assert sources(args)["rho"] == sources(args)["lr0"] == "typed"
+    assert sources(args)["rho"] == sources(args)["lr0"] == "explicit"
+    assert sources(args)["beta2"] == "recorded"
     assert again(args) == args
 
 
-def test_a_preset_typed_over_a_record_decides_anew_but_keeps_what_was_typed():
-    record = settled(lr0=0.01, hessian_interval=3)
+def test_a_preset_typed_over_a_record_decides_again_but_keeps_what_was_explicit():
+    record = decided(lr0=0.01, hessian_interval=3)
     args = again(record, sophia="published")
     assert args["sophia"] == "published"
     assert (args["lr0"], args["hessian_interval"]) == (0.01, 3)
@@ -238,7 +271,7 @@ def test_a_preset_typed_over_a_record_decides_anew_but_keeps_what_was_typed():
 
 
 def test_a_preset_and_a_value_typed_over_a_record():
-    args = again(settled(), sophia="published", rho=0.3)
+    args = again(decided(), sophia="published", rho=0.3)
     assert args["rho"] == 0.3
     assert {key: args[key] for key in PUBLISHED} == {**PUBLISHED, "rho": 0.3}
 
@@ -246,7 +279,7 @@ def test_a_preset_and_a_value_typed_over_a_record():
 @pytest.mark.parametrize("change", ["edited", "malformed", "gone"])
 def test_a_record_does_not_need_its_preset(change, write_preset):
     path = write_preset({"rho": 0.3, "lr0": 0.002})
-    record = settled(sophia=str(path), beta2=0.9)
+    record = decided(sophia=str(path), beta2=0.9)
     if change == "edited":
         write_preset({"rho": 0.7, "beta2": 0.1, "momentum": 0.5})
     elif change == "malformed":
@@ -257,15 +290,15 @@ def test_a_record_does_not_need_its_preset(change, write_preset):
     assert {key: args[key] for key in EXAMPLES} == {key: record[key] for key in EXAMPLES}
     assert args["sophia"] == record["sophia"]
     if change != "edited":
-        assert "no longer readable" in resolve(args, ()).describe()
+        assert "no longer readable" in resolve(args, (), Facts(False)).describe()
         with pytest.raises(ValueError, match=re.escape(path.name)):
-            settled(sophia=str(path))  # a new run does
+            decided(sophia=str(path))  # a new run does
 
 
 def test_the_record_of_a_preset_file_is_good_in_every_directory(write_preset, monkeypatch, tmp_path):
     write_preset({"rho": 0.3}, "a:b.yaml")
     monkeypatch.chdir(tmp_path)
-    record = settled(sophia="a:b.yaml", lr0=0.01)
+    record = decided(sophia="a:b.yaml", lr0=0.01)
     assert record[MARKER] == f"{tmp_path / 'a:b.yaml'}:lr0"
     monkeypatch.chdir("/")
     assert again(record) == record
@@ -273,30 +306,30 @@ def test_the_record_of_a_preset_file_is_good_in_every_directory(write_preset, mo
 
 def test_a_record_passed_on_to_another_optimizer_leaves_nothing(write_preset):
     """`YOLO.train` of Ultralytics < 8.3.253 passes all arguments of a run on to the next; so does `cfg=args.yaml`."""
-    record = settled(sophia="published", momentum=0.81, rho=0.3)
+    record = decided(sophia="published", momentum=0.81, rho=0.3)
     args = again(record, optimizer="AdamW", box=3.0)
-    ours = {**settled(optimizer="AdamW"), "momentum": 0.81, "box": 3.0}
+    ours = {**decided(optimizer="AdamW"), "momentum": 0.81, "box": 3.0}
     assert args == ours
-    assert again(again(record, box=3.0), optimizer="AdamW") == ours
+    assert again(again(record, box=3.0), optimizer="AdamW", box=3.0) == ours
     tuner = Tuner({**record, "optimizer": "AdamW", "model": "yolov8n.yaml"})
-    assert {key: getattr(tuner.args, key) for key in BORROWED} == {key: ours[key] for key in BORROWED}
+    assert {key: getattr(tuner.args, key) for key in ULTRALYTICS_ARGS} == {key: ours[key] for key in ULTRALYTICS_ARGS}
     assert not set(OUR_KEYS) & vars(tuner.args).keys()
 
 
 def test_defaults_passed_on_are_not_typed():
     """As there, after a run with another optimizer: `load_checkpoint` fills its arguments up with all defaults."""
-    passed_on = {**DEFAULT_CFG_DICT, **settled(optimizer="AdamW", box=3.0)}
-    assert settled(**passed_on) == settled(optimizer="AdamW", box=3.0)
+    passed_on = {**DEFAULT_CFG_DICT, **decided(optimizer="AdamW", box=3.0)}
+    assert decided(**passed_on) == decided(optimizer="AdamW", box=3.0)
     sophia = again(passed_on, optimizer="SophiaG", rho=0.3)
-    assert sophia == settled(box=3.0, rho=0.3)
+    assert sophia == decided(box=3.0, rho=0.3)
     with pytest.raises(ValueError, match="are arguments of optimizer=SophiaG"):
         again(passed_on, rho=0.3)
 
 
 def test_the_line_that_says_where_each_knob_came_from():
-    line = resolve(settled(sophia="published", rho=0.3), ()).describe()
-    assert line.startswith("preset 'published' (published), rho=0.3 (typed), hessian_interval=10 (preset), ")
-    assert all(f"{key}=" in line for key in {*KNOBS, *PUBLISHED} - {"clip_fraction"})
+    line = resolve(recorded(sophia="published", rho=0.3), (), Facts(False)).describe()
+    assert line.startswith("preset 'published' (published), rho=0.3 (explicit), hessian_interval=10 (preset), ")
+    assert all(f"{key}=" in line for key in {*OPTIONS, *PUBLISHED} - {"clip_fraction"})
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -320,7 +353,7 @@ def test_runs_record_what_they_used(tiny_run, python):
     assert type(model.trainer.optimizer).__name__ == "AdamW"
     adamw = read_args({**run, "name": "adamw"})
     assert not set(OUR_KEYS) & adamw.keys()
-    assert {key: adamw[key] for key in BORROWED} == {key: DEFAULT_CFG_DICT[key] for key in BORROWED}
+    assert {key: adamw[key] for key in ULTRALYTICS_ARGS} == {key: DEFAULT_CFG_DICT[key] for key in ULTRALYTICS_ARGS}
     assert "sophia" not in (Path(run["project"]) / "adamw" / "results.csv").read_text()
 
     for name in ("auto", "SGD"):
@@ -343,20 +376,82 @@ for path in sys.argv[1:]:
     assert re.search(r"^refused: .*rho.* is not a valid YOLO argument", said, re.MULTILINE)
 
 
+CHANNELS = ["command line", "command line, cfg file", "keywords", "keywords, cfg file", "overrides", "cfg mapping"]
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_explicit_values_by_channel(channel, tiny_run, tmp_path, caplog):
+    """lr0 differs from Ultralytics' default, momentum equals it; the file is a copy of all defaults with these two."""
+    given = {"optimizer": "SophiaG", "lr0": 0.00777, "momentum": 0.937, "hessian_interval": 7}
+    run = {k: v for k, v in tiny_run.items() if k != "model"} | {"optimizer": "SophiaG"}
+    copied = {k: v for k, v in DEFAULT_CFG_DICT.items() if k not in OUR_KEYS}
+    (tmp_path / "copy.yaml").write_text(yaml.safe_dump(copied | given))
+    with caplog.at_level("WARNING"):
+        if channel == "command line":
+            words = run | given
+            args = settings_of(lambda model: run_line(model, words), tiny_run["model"])
+        elif channel == "command line, cfg file":
+            words = {"cfg": tmp_path / "copy.yaml", **run}
+            args = settings_of(lambda model: run_line(model, words), tiny_run["model"])
+        elif channel.startswith("keywords"):
+            words = run | (given if channel == "keywords" else {"cfg": str(tmp_path / "copy.yaml")})
+            args = settings_of(lambda model: model.train(**words), tiny_run["model"])
+        else:
+            words = {**tiny_run, **given}
+            words = {"overrides": words} if channel == "overrides" else {"cfg": {**copied, **words}}
+            args = settings_of(lambda model: by_hand(model, words), tiny_run["model"])
+    assert (args["lr0"], args["hessian_interval"]) == (0.00777, 7)
+    is_known = channel in ("command line", "keywords", "overrides")
+    assert args["momentum"] == (0.937 if is_known else SCRATCH["momentum"])
+    assert args[MARKER] == f"detect-scratch:hessian_interval,lr0{',momentum' if is_known else ''}"
+    told = [r.message for r in caplog.records if "equal Ultralytics' defaults" in r.message]
+    assert len(told) == (not is_known)
+    assert is_known or ("momentum=0.937" in told[0] and "lr0" not in told[0])
+
+
+def run_line(model: YOLO, words: dict[str, Any]) -> None:
+    """`yolo train` with these words; the model object is the one that `entrypoint` makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ultralytics.YOLO", lambda *_, **__: model)
+        entrypoint(
+            " ".join(["yolo", "train", f"model={model.overrides['model']}", *(f"{k}={v}" for k, v in words.items())])
+        )
+
+
+def by_hand(model: YOLO, words: dict[str, Any]) -> None:
+    DetectionTrainer(**words, _callbacks=model.callbacks).train()
+
+
+@pytest.mark.parametrize("text", ["x", "detect-short", "detect-short:nonsense", ":lr0,x"])
+def test_a_record_that_this_package_did_not_write(text):
+    with pytest.raises(ValueError, match=f"'sophia_typed={text}' is not an argument to set"):
+        recorded(sophia_typed=text)
+
+
+def test_the_record_is_no_word_of_the_command_line(tiny_run):
+    with pytest.raises(SyntaxError, match="'sophia_typed' is not a valid YOLO argument"):
+        entrypoint(f"yolo train model={tiny_run['model']} optimizer=SophiaG sophia_typed=:lr0")
+
+
+def test_names_of_the_version_before(write_preset):
+    with pytest.warns(FutureWarning, match="hessian_root=True is now hessian_power=0.5"):
+        args = decided(hessian_root=True)
+    assert args["hessian_power"] == 0.5 and "hessian_root" not in args
+    with pytest.warns(FutureWarning, match="hessian_root is now hessian_power=0.5"):
+        assert decided(sophia=str(write_preset({"hessian_root": True})))["hessian_power"] == 0.5
+    old = {**decided(), "hessian_root": True, "resume": "last.pt"}
+    args = Namespace(**old)
+    finalize(args, {})
+    assert args.hessian_power == 0.5 and not hasattr(args, "hessian_root")
+    with pytest.raises(ValueError, match="'hessian_root=3' is an invalid value; use 'hessian_power'"):
+        recorded(hessian_root=3)
+
+
 def test_args_yaml_as_cfg(tiny_run, tmp_path):
     """`cfg=args.yaml` gives the same run again, and takes what is typed over it."""
 
     def trained_with(**arguments: Any) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
-
-        class Stops(DetectionTrainer):
-            def train(self):
-                kept.update(vars(self.args))
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            YOLO(tiny_run["model"]).train(trainer=Stops, **arguments)
-        return kept
+        return settings_of(lambda model: model.train(**arguments), tiny_run["model"])
 
     first = trained_with(**{k: v for k, v in tiny_run.items() if k != "model"}, optimizer="sophiag", lr0=0.01)
     recorded = Path(first["save_dir"]) / "args.yaml"
@@ -375,10 +470,10 @@ def test_args_yaml_as_cfg(tiny_run, tmp_path):
     assert third[MARKER] == "published:beta2,lr0"
 
     by_hand = tmp_path / "by_hand.yaml"
-    by_hand.write_text("optimizer: SophiaG\nrho: 0.7\nlr0: 0.01\n")
+    by_hand.write_text("optimizer: SophiaG\nrho: 0.7\nlr0: 0.02\n")
     rest = {k: v for k, v in tiny_run.items() if k != "model"}
     fourth = trained_with(cfg=str(by_hand), **rest, rho=0.8)
-    assert (fourth["rho"], fourth["lr0"], fourth["momentum"]) == (0.8, 0.01, SCRATCH["momentum"])
+    assert (fourth["rho"], fourth["lr0"], fourth["momentum"]) == (0.8, 0.02, SCRATCH["momentum"])
     assert fourth[MARKER] == "detect-scratch:lr0,rho"
 
 
@@ -422,8 +517,8 @@ def test_a_child_of_tune(tiny_run, monkeypatch):
     assert (child["momentum"], child["beta2"]) == (SCRATCH["momentum"], SCRATCH["beta2"])
     assert child["optimizer"] == "SophiaG"
     assert child["sophia"] == "detect-scratch"
-    assert sources(child)["rho"] == sources(child)["lr0"] == "typed"
-    assert sources(child)["beta2"] == "preset"
+    assert sources(child)["rho"] == sources(child)["lr0"] == "explicit"
+    assert sources(child)["beta2"] == "recorded"
     assert "sophia/rho" in (args_yaml.parent / "results.csv").read_text()
 
 
@@ -433,8 +528,11 @@ def test_the_tuner_starts_from_the_preset_within_its_bounds(tiny_run):
     first = tuner._mutate()
     assert type(first["hessian_interval"]) is int
     assert first["hessian_interval"] == 3
-    assert (first["rho"], first["beta2"]) == (KNOBS["rho"].default, SCRATCH["beta2"])  # "auto" is no start of a search
-    assert tuner.args.sophia_typed == "detect-scratch:"
+    assert (first["rho"], first["beta2"]) == (
+        OPTIONS["rho"].default,
+        SCRATCH["beta2"],
+    )  # "auto" is no start of a search
+    assert tuner.args.sophia_typed == ":beta2,hessian_interval,rho"
 
 
 def test_the_tuner_does_not_round_a_small_rho_to_zero(tiny_run):
@@ -465,7 +563,7 @@ def test_shipped_preset(name):
     assert preset.description
     assert preset.settings.keys() == preset.origins.keys()
     unused = {"clip_fraction"} if preset.settings["rho"] != "auto" else set()
-    assert KNOBS.keys() - unused <= preset.settings.keys()
+    assert OPTIONS.keys() - unused <= preset.settings.keys()
     assert {"lr0", "momentum", "weight_decay", "warmup_bias_lr"} <= preset.settings.keys()
     assert load_preset(str(preset_directory() / f"{name}.yaml")) == preset
 
@@ -511,7 +609,7 @@ VALUES = {  # a value in the settings -> what the message says
     f"rho: 1{'0' * 400}": "'rho=inf' is an invalid value",
     "beta2: 1": "'beta2=1.0' is an invalid value; 'beta2' must be a number in [0, 1).",
     "momentum: 1.5": "'momentum=1.5' is an invalid value",
-    "lr0: -1": "'lr0=-1.0' is an invalid value; 'lr0' must be a number in [0, 1].",
+    "lr0: -1": "'lr0=-1.0' is an invalid value; 'lr0' must be a number in [0, 1], or auto.",
     "weight_decay: 1.1": "'weight_decay=1.1' is an invalid value",
     "warmup_epochs: .inf": "'warmup_epochs=inf' is an invalid value",
     "hessian_interval: 0": "'hessian_interval=0' is an invalid value; 'hessian_interval' must be a whole number >= 1.",
@@ -530,7 +628,7 @@ def test_malformed_preset(content, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as caught:
-        settled(sophia=str(path))
+        decided(sophia=str(path))
     message = str(caught.value)
     assert message.startswith(f"Preset {path}: ") or message.startswith(f"Preset {path} is not readable YAML: ")
     assert MALFORMED[content] in message
@@ -543,7 +641,7 @@ def test_numbers_without_a_dot(text, tmp_path):
     """YAML 1.1 reads 1e-3 as text."""
     path = tmp_path / "mine.yaml"
     path.write_text(f"{HEAD}{{lr0: {{value: {text}, origin: x}}, rho: {{value: 1e2, origin: x}}}}\n")
-    args = settled(sophia=str(path))
+    args = decided(sophia=str(path))
     assert (args["lr0"], args["rho"]) == (0.001, 100.0)
 
 
@@ -565,7 +663,7 @@ UNKNOWN = {
 def test_unknown_preset(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as caught:
-        settled(sophia=parse_key_value_pair(f"sophia={name}")[1])
+        decided(sophia=parse_key_value_pair(f"sophia={name}")[1])
     assert UNKNOWN[name] in str(caught.value)
     assert one_exception(caught.value)
 
@@ -573,7 +671,7 @@ def test_unknown_preset(name, tmp_path, monkeypatch):
 def test_a_folder_is_not_a_preset(tmp_path):
     (tmp_path / "mine.yaml").mkdir()
     with pytest.raises(ValueError, match="no such file"):
-        settled(sophia=str(tmp_path / "mine.yaml"))
+        decided(sophia=str(tmp_path / "mine.yaml"))
 
 
 def test_presets_cannot_be_changed():
@@ -586,13 +684,13 @@ def test_presets_cannot_be_changed():
 
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_check_value_returns_the_kind(key):
-    value = check_value(key, EXAMPLES[key])
+    value = ALL[key].check(EXAMPLES[key])
     assert value == EXAMPLES[key]
-    assert type(value) is (KNOBS.get(key) or BORROWED[key]).kind
+    assert type(value) is ALL[key].kind
 
 
 def test_whole_numbers_are_numbers():
-    assert repr(check_value("rho", 1)) == "1.0"
+    assert repr(OPTIONS["rho"].check(1)) == "1.0"
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -625,6 +723,7 @@ REFUSED = {  # typed -> the exception and what it says
     "optimizer=SophiaG rho=abc": (TypeError, "'rho=abc' is of invalid type str; 'rho' must be a number > 0, or auto."),
     "optimizer=SophiaG hessian_interval=0": (ValueError, "'hessian_interval=0' is an invalid value"),
     "optimizer=SophiaG hessian_interval=2.5": (TypeError, "'hessian_interval' must be an int"),
+    "optimizer=SophiaG sophia_typed=x": (SyntaxError, "'sophia_typed' is not a valid YOLO argument"),
     "optimizer=SophiaG beta2=1.5": (ValueError, "'beta2=1.5' is an invalid value. Valid 'beta2' values are between"),
     "optimizer=SophiaG beta2=1": (ValueError, "'beta2=1.0' is an invalid value; 'beta2' must be a number in [0, 1)."),
     "optimizer=SophiaG beta2=-0.1": (ValueError, "'beta2=-0.1' is an invalid value"),

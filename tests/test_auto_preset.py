@@ -10,10 +10,12 @@ import yaml
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 
-from yolo_sophia.integration.arguments import resolve
 from yolo_sophia.integration.auto_lr import factor_for, rate_for
-from yolo_sophia.integration.auto_preset import SHORT, choose_preset, has_weights, optimizer_steps
+from yolo_sophia.integration.auto_preset import FEWER_STEPS, choose_preset, optimizer_steps
+from yolo_sophia.integration.explicit import MARKER
 from yolo_sophia.integration.measure import count_images
+from yolo_sophia.integration.provenance import starts_from_weights, tensors_from_weights
+from yolo_sophia.options import ALL
 from yolo_sophia.presets import preset_names
 
 pytestmark = pytest.mark.compat
@@ -75,31 +77,18 @@ def test_the_count_is_ultralytics_own(tiny_run):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("from_weights", "steps", "name", "reason"),
     [
-        ({"model": "yolov8n.yaml", "pretrained": True}, False),
-        ({"model": "my/yolov8n.PT"}, True),
-        ({"model": "yolov8n.yaml", "pretrained": "some.pt"}, True),
-        ({"model": None}, False),
+        (False, FEWER_STEPS - 1, "detect-scratch", "a training from scratch of 999 steps"),
+        (True, FEWER_STEPS - 1, "detect-short", "a fine-tuning of 999 steps"),
+        (False, FEWER_STEPS, "detect-scratch", "a training from scratch of 1000 steps"),
+        (True, FEWER_STEPS, "detect-finetune", "a fine-tuning of 1000 steps"),
+        (True, None, "detect-finetune", "a fine-tuning of unknown length"),
     ],
 )
-def test_weights(given, expected):
-    assert has_weights(arguments(**given)) == expected
-
-
-@pytest.mark.parametrize(
-    ("epochs", "model", "name"),
-    [
-        (SHORT // 4 - 1, "yolov8n.yaml", "detect-scratch"),
-        (SHORT // 4 - 1, "yolov8n.pt", "detect-short"),
-        (SHORT // 4, "yolov8n.yaml", "detect-scratch"),
-        (SHORT // 4, "yolov8n.pt", "detect-finetune"),
-    ],
-)
-def test_auto_preset(images, epochs, model, name):
-    chosen, reason = choose_preset(arguments(data=images, batch=16, nbs=16, epochs=epochs, model=model))
-    assert chosen == name and name in preset_names()
-    assert f"{4 * epochs} steps" in reason
+def test_auto_preset(from_weights, steps, name, reason):
+    assert choose_preset(from_weights, steps) == (name, f"chosen for {reason}")
+    assert name in preset_names()
 
 
 def test_images_of_several_data_sets(images, tmp_path):
@@ -111,63 +100,113 @@ def test_images_of_several_data_sets(images, tmp_path):
     assert count_images(str(path)) == 0
 
 
-def test_a_run_of_unknown_length_counts_as_long():
-    chosen, reason = choose_preset(arguments(data="missing.yaml", model="yolov8n.pt"))
-    assert (chosen, reason) == ("detect-finetune", "chosen for a fine-tuning of unknown length")
+class Stop(Exception):
+    """The training has decided on its settings."""
 
 
 @pytest.fixture
-def weights(tmp_path, tiny_model) -> Path:
-    """A checkpoint of a model that knows cats, dogs and a person."""
+def trained(tmp_path, tiny_model) -> Path:
+    """A checkpoint of a model that has seen images and knows cats, dogs and a person."""
     model, path = YOLO(tiny_model).model, tmp_path / "weights.pt"
+    with torch.no_grad():
+        model.train()(torch.rand(4, 3, 64, 64))
     model.names = {0: "cat", 1: "dog", 2: "Person"}
     torch.save({"model": model}, path)
     return path
 
 
+def settings_of(make, **run) -> tuple[dict, bool]:
+    """Arguments of a training when its optimizer is built, and whether its model has the weights' running means."""
+    found = []
+
+    def stop(trainer):
+        found.extend([vars(trainer.args), bool(trainer.model.model[0].bn.running_mean.any())])
+        raise Stop
+
+    model = make()
+    model.add_callback("on_pretrain_routine_end", stop)
+    with pytest.raises(Stop):
+        model.train(**run)
+    return tuple(found)
+
+
+FORMS = {  # how a run says what it starts from: the model, and more arguments
+    "weights": lambda w, y: (lambda: YOLO(w), {}),
+    "path": lambda w, y: (lambda: YOLO(Path(w)), {}),
+    "yaml": lambda w, y: (lambda: YOLO(y), {}),
+    "yaml and load": lambda w, y: (lambda: YOLO(y).load(w), {}),
+    "yaml and pretrained": lambda w, y: (lambda: YOLO(y), {"pretrained": w}),
+    "pretrained=False": lambda w, y: (lambda: YOLO(w), {"pretrained": False}),
+    "reset weights": lambda w, y: (lambda: YOLO(w).reset_weights(), {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_run_starts_from(form, trained, tiny_run, tiny_model):
+    """The model decides, in whatever way its weights came; in some versions not all ways bring them."""
+    make, more = FORMS[form](str(trained), tiny_model)
+    run = {k: v for k, v in tiny_run.items() if k != "model"}
+    args, has_weights = settings_of(make, **run, **more, optimizer="SophiaG", exist_ok=True)
+    assert args["sophia"] == ("detect-short" if has_weights else "detect-scratch")
+    if version() >= (8, 4):
+        assert has_weights == (form not in ("yaml", "pretrained=False", "reset weights"))
+    saved = yaml.safe_load((Path(args["save_dir"]) / "args.yaml").read_text())
+    assert {key: saved[key] for key in (*ALL, "sophia", MARKER)} == {key: args[key] for key in (*ALL, "sophia", MARKER)}
+    assert isinstance(saved["head_lr_factor"], float)
+
+
+def version() -> tuple[int, int]:
+    from ultralytics import __version__
+
+    major, minor, *_ = __version__.split(".")
+    return int(major), int(minor)
+
+
 @pytest.mark.parametrize(
-    ("names", "given", "lr", "why"),
+    ("names", "single_cls", "lr", "why"),
     [
-        ("[a, b, c]", {}, 0.001429, "for 3 new classes"),
-        ("[a, b, c]", {"single_cls": True}, 0.002, "for 1 new class"),
-        ("nothing\nnc: 80", {}, 0.000119, "for 80 new classes"),
-        ("nothing", {}, 0.000714, "for an unknown number of new classes"),  # as of ten
-        ("[person, helmet]", {}, 0.00012, "as the weights know 1 of 2 classes"),
-        ("[person, helmet]", {"single_cls": True}, 0.00012, "as the weights know 1 of 2 classes"),
-        ("[person, helmet, vest]", {}, 0.001429, "for 3 new classes"),
-        (
-            "{0: Dog, 1: CAT}",
-            {"model": "yolov8n.yaml", "pretrained": True},
-            0.00012,
-            "as the weights know 2 of 2 classes",
-        ),
+        (["a", "b", "c"], False, 0.001429, "for 3 new classes"),
+        (["a", "b", "c"], True, 0.002, "for 1 new class"),
+        (map(str, range(80)), False, 0.000119, "for 80 new classes"),
+        ([], False, 0.000714, "for an unknown number of new classes"),  # as of ten
+        (["person", "helmet"], False, 0.00012, "as the weights know 1 of 2 classes"),
+        (["person", "helmet"], True, 0.00012, "as the weights know 1 of 2 classes"),
+        (["person", "helmet", "vest"], False, 0.001429, "for 3 new classes"),
+        (["Dog", "CAT"], False, 0.00012, "as the weights know 2 of 2 classes"),
     ],
 )
-def test_the_learning_rate_that_follows_from_the_classes(tmp_path, weights, names, given, lr, why):
+def test_the_learning_rate_that_follows_from_the_classes(names, single_cls, lr, why):
     """Ultralytics' own rule for AdamW, round(0.002 * 5 / (4 + nc), 6), unless the weights know the classes."""
-    path = tmp_path / "data.yaml"
-    path.write_text(f"train: images\nval: images\nnames: {names}\n".replace("names: nothing\n", ""))
-    if given.get("pretrained"):
-        given = {**given, "pretrained": str(weights)}
-    run = {**arguments(data=path), "model": str(weights), **given}
-    assert rate_for(run) == (lr, why)
-    settled = resolve({**run, "sophia": "detect-short"}, ())
-    assert (settled.values["lr0"], settled.sources["lr0"]) == (lr, "preset")
-    assert settled.reason == f"asked for, lr0={lr} {why}"
-    again = resolve({**run, **settled.values}, ())  # as a child process does
-    assert (again.values, again.sources, again.reason) == (settled.values, settled.sources, "")
-    resumed = resolve({**run, **settled.values, "model": "last.pt", "pretrained": True, "resume": True}, ())
-    assert (resumed.values, resumed.sources) == (settled.values, settled.sources)
-    searched = resolve({**run, **settled.values, "lr0": 0.5}, ())  # by model.tune
-    assert (searched.values["lr0"], searched.sources["lr0"]) == (0.5, "typed")
+    known = frozenset({"cat", "dog", "person"})
+    assert rate_for(list(names), known, single_cls) == (lr, why)
 
 
-def test_the_classes_of_files_that_cannot_be_read_are_unknown(tmp_path):
-    damaged = tmp_path / "damaged.pt"
-    damaged.write_bytes(b"no checkpoint")
-    unknown = (0.000714, "for an unknown number of new classes")
-    assert rate_for(arguments(data="missing.yaml", model=str(damaged))) == unknown
-    assert rate_for(arguments(data=None, model=None)) == unknown
+@pytest.mark.parametrize("form", ["weights", "yaml and load", "yaml and pretrained"])
+def test_the_names_of_the_weights_follow_the_loads(form, trained, tiny_run, tiny_model, tmp_path):
+    make, more = FORMS[form](str(trained), tiny_model)
+    content = yaml.safe_load(Path(tiny_run["data"]).read_text())
+    content["names"] = ["Dog", "cat", *[f"new {i}" for i in range(len(content["names"]) - 2)]][: len(content["names"])]
+    content["names"][2:] = ["person"] * 0 + content["names"][2:]
+    data = tmp_path / "named.yaml"
+    data.write_text(yaml.safe_dump(content))
+    run = {k: v for k, v in tiny_run.items() if k != "model"} | {"data": str(data)}
+    args, has_weights = settings_of(make, **run, **more, optimizer="SophiaG", exist_ok=True)
+    count, known = len(content["names"]), 2
+    expected = 0.00012 if has_weights and 2 * known >= count else round(0.01 / (4 + count), 6)
+    assert args["lr0"] == (expected if has_weights else 0.004)
+
+
+def test_tensors_that_came_from_weights(trained, tiny_model):
+    """A fresh model has none; after a load, all but those of another shape."""
+    fresh = YOLO(tiny_model).model
+    assert tensors_from_weights(fresh) == {"model.22.dfl.conv.weight"}  # a constant of the architecture
+    assert not starts_from_weights(fresh)
+    fresh.load(torch.load(trained, weights_only=False))
+    assert starts_from_weights(fresh)
+    assert {"model.0.conv.weight", "model.0.bn.weight", "model.22.cv2.0.0.conv.weight"} <= tensors_from_weights(fresh)
+    wide = YOLO("yolov8n.yaml").model
+    wide.load(fresh)
+    assert not starts_from_weights(wide)
 
 
 @pytest.mark.parametrize(

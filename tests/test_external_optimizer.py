@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from yolo_sophia.integration import external_optimizer as dotted
-from yolo_sophia.integration.arguments import canonical_optimizer, refuse_for_others, settle
+from yolo_sophia.integration.arguments import canonical_optimizer, finalize, refuse_for_others
 
 pytestmark = pytest.mark.compat
 
@@ -106,7 +106,7 @@ def test_refuses_arguments_that_are_no_mapping():
 def test_optimizer_args_need_a_dotted_path(optimizer):
     args = argparse.Namespace(optimizer=optimizer, resume=None, task="detect", optimizer_args={"a": 1}, sophia=None)
     with pytest.raises(ValueError, match="optimizer_args"):
-        settle(args, {"optimizer": optimizer, "optimizer_args": {"a": 1}})
+        finalize(args, {"optimizer": optimizer, "optimizer_args": {"a": 1}})
 
 
 @pytest.mark.parametrize(

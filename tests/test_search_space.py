@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from yolo_sophia.integration.arguments import judge
+from yolo_sophia.integration.resolution import validate_arguments
 from yolo_sophia.search_space import SPACES, Choice, Range, read_dimension
 
 
@@ -83,4 +83,4 @@ def test_fractions_cover_a_dimension():
 def test_every_end_of_our_spaces_is_accepted_by_the_optimizer(name):
     for key, dimension in SPACES[name].items():
         for value in dimension.samples:
-            judge({"optimizer": name, key: value})
+            validate_arguments({"optimizer": name, key: value})

@@ -384,7 +384,7 @@ def test_a_new_head_is_told_from_a_trained_one():
 def test_auto_gives_a_new_head_its_own_rate(train):
     run = train(sophia="detect-finetune", head_lr_factor="auto")
     args, groups = run.trainer.args, run.trainer.optimizer.param_groups
-    lr, factor = rate_for(vars(args))[0], HEAD / args.lr0
+    lr, factor = rate_for(run.trainer.data["names"].values(), ())[0], HEAD / args.lr0
     assert (args.lr0, args.head_lr_factor) == (lr, pytest.approx(factor, rel=1e-3))
     assert {g["initial_lr"] for g in groups} == {lr, lr * args.head_lr_factor}
     assert f"head_lr_factor={args.head_lr_factor:g}, the head is new" in run.log

@@ -27,8 +27,10 @@ from ultralytics.cfg import get_cfg
 from ultralytics.engine.tuner import Tuner
 
 from yolo_sophia import cli, tune_space
-from yolo_sophia.integration.arguments import OPTIMIZERS, judge, resolve
-from yolo_sophia.presets import KNOBS, load_preset
+from yolo_sophia.integration.arguments import OPTIMIZERS
+from yolo_sophia.integration.resolution import Facts, resolve, validate_arguments
+from yolo_sophia.options import OPTIONS
+from yolo_sophia.presets import load_preset
 from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.runs.results import MAP50_95
 from yolo_sophia.runs.run import data_name
@@ -438,7 +440,7 @@ def test_the_preset_is_what_was_found(tuned):
     preset = load_preset(str(path))
     published = load_preset("published")
     assert dict(preset.settings) == {
-        **{key: knob.default for key, knob in KNOBS.items()}, **published.settings, "weight_decay": 0.01,
+        **{key: knob.default for key, knob in OPTIONS.items()}, **published.settings, "weight_decay": 0.01,
         **view.best.settings,
     }  # fmt: skip
     assert preset.origins["clip_fraction"] == "package default; not varied"
@@ -446,7 +448,7 @@ def test_the_preset_is_what_was_found(tuned):
         assert preset.origins[key].startswith(f"study SophiaG-bccd: best of 5 trials, mAP50-95 {view.best.value:.4f}")
     assert preset.origins["weight_decay"] == "study SophiaG-bccd: given, not varied"
     assert preset.origins["momentum"] == f"preset published: {published.origins['momentum']}"
-    assert resolve({"sophia": str(path)}, {"sophia"}).values["beta2"] == view.best.settings["beta2"]
+    assert resolve({"sophia": str(path)}, {"sophia"}, Facts(False)).values["beta2"] == view.best.settings["beta2"]
     assert f"sophia={path}" in view.outcome.command and list(view.outcome.files) == ["best.yaml"]
 
 
@@ -469,7 +471,7 @@ def test_arguments_of_other_optimizers(optimizer, given, tuned):
     content = yaml.safe_load(path.read_text())
     assert content == {**content, "optimizer": optimizer, **view.best.settings}
     assert ("momentum" in content) == ("momentum" in given)
-    judge(content)
+    validate_arguments(content)
     if optimizer == "AdamW":
         assert vars(get_cfg(path)).items() >= content.items()
     assert view.outcome.command.startswith(f"yolo train cfg={path} ")

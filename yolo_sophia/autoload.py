@@ -8,7 +8,14 @@ also in a live process (a notebook after `!pip install`) where the `.pth` line h
 import os
 import sys
 
-TARGETS = ("ultralytics.utils", "ultralytics.cfg", "ultralytics.engine.trainer", "ultralytics.engine.tuner")
+TARGETS = (
+    "ultralytics.utils",
+    "ultralytics.cfg",
+    "ultralytics.nn.tasks",
+    "ultralytics.engine.model",
+    "ultralytics.engine.trainer",
+    "ultralytics.engine.tuner",
+)
 """Modules with seams; each is patched right after its own code has run."""
 
 

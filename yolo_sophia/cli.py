@@ -165,7 +165,8 @@ def path(name: str | None) -> int:
     Raises:
         ValueError: There is no such file.
     """
-    from yolo_sophia.presets import preset_directory, suggestion
+    from yolo_sophia.options import suggestion
+    from yolo_sophia.presets import preset_directory
 
     root = preset_directory().parent
     files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*.yaml"))}

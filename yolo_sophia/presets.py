@@ -1,89 +1,20 @@
 """Presets: YAML files with tuned settings, each number with its origin, read into a frozen dataclass.
 
-The rule: a preset is judged whole before anything is done with it; a number without an origin is refused.
+A preset is validated completely before any of it is used. A number without an origin is refused.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from yolo_sophia.options import ALL, RENAMED, renamed, suggestion
 from yolo_sophia.yaml_io import is_file, read_yaml
-
-CHOSEN = "auto"
-"""What `sophia=` takes, and is without a word, for the preset that fits the run (integration/auto_preset.py)."""
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One Ultralytics argument that belongs to Sophia.
-
-    Attributes:
-        default: The package default, used where neither the user nor the preset says anything.
-        kind: int, float, str or bool.
-        valid: Whether a value of that kind is in range.
-        expected: The range in words, for messages.
-        words: What is accepted beside values of that kind, in any case.
-    """
-
-    default: Any
-    kind: type
-    valid: Callable[[Any], bool]
-    expected: str
-    words: tuple[str, ...] = ()
-
-
-HUTCHINSON = "hutchinson"
-"""The estimator of optimizer=SophiaH, and of no other: its estimates can be negative."""
-
-
-def _estimator_names() -> tuple[str, ...]:
-    from yolo_sophia.curvature import ESTIMATORS  # imports torch: only when a value is judged
-
-    return (*ESTIMATORS, HUTCHINSON)
-
-
-AVERAGES = ("element", "kernel", "row")
-"""What `hessian_average=` takes: h of each element, of each kernel, or of each output row."""
-
-KNOBS: Mapping[str, Knob] = MappingProxyType(
-    {
-        "rho": Knob(0.04, float, lambda v: 0 < v < math.inf, "a number > 0, or auto", words=("auto",)),
-        "clip_fraction": Knob(0.6, float, lambda v: 0 < v < 1, "a number between 0 and 1"),
-        "hessian_interval": Knob(10, int, lambda v: v >= 1, "a whole number >= 1"),
-        "hessian_warmup": Knob(0, int, lambda v: v >= 0, "a whole number >= 0"),
-        "hessian_fraction": Knob(1.0, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
-        "hessian_estimator": Knob(
-            "gnb", str, lambda v: v in _estimator_names(), "gnb, empirical_fisher, sign or hutchinson"
-        ),
-        "hessian_average": Knob("element", str, lambda v: v in AVERAGES, f"one of {', '.join(AVERAGES)}"),
-        "cautious": Knob(False, bool, lambda v: True, "True or False"),
-        "hessian_root": Knob(False, bool, lambda v: True, "True or False"),
-        "head_lr_factor": Knob(1.0, float, lambda v: 0 < v < math.inf, "a number > 0, or auto", words=("auto",)),
-        "bn_momentum": Knob(0.03, float, lambda v: 0 < v <= 1, "a number in (0, 1]"),
-        "beta2": Knob(0.99, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
-    }
-)
-"""Sophia's own arguments. Defaults are those of arXiv 2305.14342 and its code."""
-
-BORROWED: Mapping[str, Knob] = MappingProxyType(
-    {
-        "lr0": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]", words=("auto",)),  # the word in a preset
-        "lrf": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]"),
-        "momentum": Knob(None, float, lambda v: 0 <= v < 1, "a number in [0, 1)"),
-        "weight_decay": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]"),
-        "warmup_bias_lr": Knob(None, float, lambda v: 0 <= v <= 1, "a number in [0, 1]"),
-        "cos_lr": Knob(None, bool, lambda v: True, "True or False"),
-        "warmup_epochs": Knob(None, float, lambda v: 0 <= v < math.inf, "a number >= 0"),
-    }
-)
-"""Ultralytics' arguments that a preset may set: their own defaults are meant for SGD. The ranges are its own."""
 
 
 @dataclass(frozen=True)
@@ -156,18 +87,22 @@ def _parse(content: Any, path: Path) -> Preset:
         raise refuse(f"status: found {content['status']!r}, expected provisional, published or studied.")
     if not isinstance(content["settings"], dict):
         raise refuse(f"settings: found {type(content['settings']).__name__}, expected a mapping of argument names.")
-    known = {**KNOBS, **BORROWED}
     settings, origins = {}, {}
     for key, entry in content["settings"].items():
-        if key not in known:
-            raise refuse(f"{key!r} is not a setting.{suggestion(key, known)} Valid settings: {sorted(known)}.")
+        if key not in ALL and key not in RENAMED:
+            raise refuse(f"{key!r} is not a setting.{suggestion(key, ALL)} Valid settings: {sorted(ALL)}.")
         if not isinstance(entry, dict) or set(entry) != {"value", "origin"} or not _is_text(entry["origin"]):
             raise refuse(f"{key}: found {entry!r}, expected {{value: ..., origin: 'where the value comes from'}}.")
         try:
-            settings[key] = check_value(key, _number(key, entry["value"]))
+            name, value = renamed(key, entry["value"])
+            if name != key:
+                warnings.warn(f"Preset {path}: {key} is now {name}={value}; rename it.", FutureWarning, stacklevel=3)
+            if name in settings:
+                raise ValueError(f"found {key!r} and {name!r}, which are the same setting; remove one.")
+            settings[name] = ALL[name].check(_number(name, value))
         except (TypeError, ValueError) as error:
             raise refuse(str(error)) from None
-        origins[key] = entry["origin"]
+        origins[name] = entry["origin"]
     return Preset(
         name=path.stem if path.resolve().parent == preset_directory().resolve() else str(path.resolve()),
         status=content["status"],
@@ -182,39 +117,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _number(key: str, value: Any) -> Any:
-    """A float written without a dot, or an exponent without a sign (1e-3, 1.0e3), is text to YAML 1.1: read it."""
-    if isinstance(value, str) and {**KNOBS, **BORROWED}[key].kind is float:
+    """Read a float that YAML 1.1 takes for text: without a dot, or with an exponent without a sign (1e-3, 1.0e3)."""
+    if isinstance(value, str) and ALL[key].kind is float:
         with suppress(ValueError):
             return float(value)
     return value
-
-
-def check_value(key: str, value: Any) -> Any:
-    """Check a value of a knob or a borrowed argument, and return it in its kind.
-
-    Raises:
-        TypeError: It is not of the argument's kind.
-        ValueError: It is out of range.
-    """
-    knob = KNOBS.get(key) or BORROWED[key]
-    if isinstance(value, str) and value.lower() in knob.words:
-        return value.lower()
-    accepted = {int: int, float: (int, float), str: str, bool: bool}[knob.kind]
-    if isinstance(value, bool) != (knob.kind is bool) or not isinstance(value, accepted):
-        raise TypeError(f"'{key}={value}' is of invalid type {type(value).__name__}; '{key}' must be {knob.expected}.")
-    try:
-        value = knob.kind(value)
-    except OverflowError:  # a whole number beyond any float
-        value = math.inf
-    if not knob.valid(value):
-        choices = {"hessian_estimator": _estimator_names, "hessian_average": lambda: AVERAGES}
-        hint = suggestion(value, choices[key]()) if key in choices else ""
-        raise ValueError(f"'{key}={value}' is an invalid value; '{key}' must be {knob.expected}.{hint}")
-    return value
-
-
-def suggestion(name: object, known: Any) -> str:
-    """` Did you mean 'x'?` for the closest known name, or nothing."""
-    by_lower = {str(k).lower(): str(k) for k in known}
-    close = get_close_matches(str(name).lower(), by_lower, n=1)
-    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""

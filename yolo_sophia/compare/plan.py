@@ -12,7 +12,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any
 
-from yolo_sophia.presets import suggestion
+from yolo_sophia.options import suggestion
 from yolo_sophia.runs.plan import (
     COUNT,
     RUN_KEYS,

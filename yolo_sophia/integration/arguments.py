@@ -1,56 +1,46 @@
-"""Sophia's knobs as Ultralytics arguments: known to its configuration, resolved once, recorded in runs that ask.
+"""Sophia's options as Ultralytics arguments: known to its configuration, validated when a run starts.
 
-The rule of precedence: what the user typed, then the preset, then the package default; also where the typed value
-equals an Ultralytics default. Child processes (multi-GPU workers, `tune`), resumed runs and an args.yaml given as
-`cfg=` bring every key as if it were typed. So the run that the user started records in `sophia_typed` what was typed
-and over which preset; whoever finds that adds only what was changed since, by hand or by the tuner.
+What a run's settings become is decided later, where the model is known (resolution.py). Here the explicit arguments are
+validated and recorded, before the trainer makes a directory.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-from yolo_sophia.integration import external_optimizer as dotted
-from yolo_sophia.integration.auto_lr import AUTO, rate_for
-from yolo_sophia.integration.auto_preset import choose_preset
-from yolo_sophia.presets import (
-    BORROWED,
-    CHOSEN,
-    HUTCHINSON,
-    KNOBS,
-    Preset,
-    check_value,
-    load_preset,
-    suggestion,
-)
+from yolo_sophia import options
+from yolo_sophia.integration import external_optimizer, ultralytics_yaml
+from yolo_sophia.integration.explicit import MARKER, Record, explicit_keys, indistinct
+from yolo_sophia.options import ALL, AUTO, HUTCHINSON, OPTIONS, RENAMED, ULTRALYTICS_ARGS, suggestion
+from yolo_sophia.presets import load_preset
 
 OPTIMIZERS = ("SophiaG", "SophiaH")
 """Names that `optimizer=` takes, in any case."""
 
-THEIRS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSProp", "auto")
+ULTRALYTICS_OPTIMIZERS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSProp", "auto")
 """Ultralytics' own; the list is inside BaseTrainer.build_optimizer, without MuSGD before 8.4."""
 
-MARKER = "sophia_typed"
-SOPHIA_KEYS = (*KNOBS, "sophia", MARKER)
+SOPHIA_KEYS = (*OPTIONS, "sophia", MARKER)
 KEEP_FLOAT32 = "keep_float32"
 """Key of the parameter groups of optimizers built here: their state is saved as it is."""
-OUR_KEYS = (*SOPHIA_KEYS, dotted.ARGUMENTS)
+OUR_KEYS = (*SOPHIA_KEYS, *RENAMED, external_optimizer.ARGUMENTS)
+KNOWN_KEYS = frozenset((*ALL, "sophia"))
+"""What a record of explicit arguments can hold."""
 
 
 def default_arguments() -> dict[str, Any]:
     """Keys for Ultralytics' default configuration; numbers where its tuner needs numbers."""
-    return {**dict.fromkeys(OUR_KEYS), **{key: knob.default for key, knob in KNOBS.items()}}
+    return {**dict.fromkeys(OUR_KEYS), **{key: option.default for key, option in OPTIONS.items()}}
 
 
 def known_arguments() -> set[str]:
     """Every argument that a training takes, ours included."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    return {*DEFAULT_CFG_DICT, *OUR_KEYS}
+    return {*DEFAULT_CFG_DICT, *OUR_KEYS} - {MARKER, *RENAMED}
 
 
 def canonical_optimizer(name: object) -> str | None:
@@ -59,7 +49,7 @@ def canonical_optimizer(name: object) -> str | None:
     Raises:
         ValueError: It looks like a misspelling of ours.
     """
-    if dotted.is_dotted(name):
+    if external_optimizer.is_dotted(name):
         return None
     by_lower = {x.lower(): x for x in OPTIMIZERS}
     lower = str(name).lower()
@@ -74,130 +64,197 @@ def canonical_optimizer(name: object) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """Every value that a Sophia run depends on, and where it came from.
-
-    Attributes:
-        values: Arguments to set: the knobs, the borrowed arguments that were decided here, and the markers.
-        sources: Per argument "typed", "preset", "default" or "optimizer".
-        preset: The preset.
-        reason: Why it was chosen, where the user named none, and what its learning rate follows from, if it does.
-    """
-
-    values: dict[str, Any]
-    sources: dict[str, str]
-    preset: Preset
-    reason: str = ""
-
-    def describe(self) -> str:
-        """One line that says what is used and where it came from."""
-        unused = {"clip_fraction"} if self.values["rho"] != "auto" else set()
-        shown = [f"{k}={self.values[k]} ({source})" for k, source in self.sources.items() if k not in unused]
-        return f"preset '{self.preset.name}' ({self.preset.status}), " + ", ".join(shown)
-
-    def announce(self) -> None:
-        """Say which preset was chosen and why, where the user named none, or where it decides on more."""
-        from ultralytics.utils import LOGGER, RANK, colorstr
-
-        if self.reason and RANK in {-1, 0}:
-            LOGGER.info(f"{colorstr('Sophia:')} preset '{self.preset.name}', {self.reason}")
-
-
-def resolve(arguments: dict[str, Any], typed: Iterable[str]) -> Resolved:
-    """Decide every setting of a run that asked for Sophia.
+def finalize(args: Any, overrides: Mapping[str, Any] | None, ours: Iterable[str] = OUR_KEYS) -> None:
+    """Validate a new trainer's arguments, and record which of them are explicit, in place.
 
     Args:
-        arguments: All arguments of the run, defaults included; `optimizer` is one of `OPTIMIZERS`.
-        typed: Keys that the user typed. Ignored where the run that the user started has recorded them.
+        args: Namespace of all arguments.
+        overrides: What the trainer was given on top of its `cfg`.
+        ours: The keys that this package added to Ultralytics' configuration. Those of other optimizers' runs are
+            removed again; a key that Ultralytics has itself is left alone.
 
     Raises:
         TypeError: A value is of the wrong kind.
-        ValueError: A value is out of range or belongs to another optimizer, or the preset is unknown or malformed.
+        ValueError: A value is out of range, or Sophia's arguments were given for another optimizer.
     """
-    name, reason = str(CHOSEN if arguments.get("sophia") is None else arguments["sophia"]), ""
-    if name.lower() == CHOSEN:
-        name, reason = choose_preset(arguments)
-    recorded, _, keys = str(arguments.get(MARKER) or "").rpartition(":")
-    preset = _known_or_bare(name) if name == recorded else load_preset(name)
-    if recorded:
-        before = preset if name == recorded else load_preset(recorded)
-        typed = {*keys.split(","), *_changed(arguments, before)}
-    typed = {key for key in typed if key in KNOBS or key in BORROWED}
-    if "clip_fraction" in typed and "rho" not in typed:  # asks for steering, whatever rho the preset has
-        arguments, typed = {**arguments, "rho": "auto"}, {*typed, "rho"}
-    optimizer = canonical_optimizer(arguments.get("optimizer")) or OPTIMIZERS[0]
-    implied = {"hessian_estimator": HUTCHINSON} if optimizer == "SophiaH" else {}
-    typed -= {key for key, value in implied.items() if arguments.get(key) == value}  # as a child finds it
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for key, knob in {**KNOBS, **BORROWED}.items():
-        if key in typed:
-            source, value = "typed", arguments[key]
-        elif key in implied:
-            source, value = "optimizer", implied[key]
-        elif key in preset.settings:
-            source, value = "preset", preset.settings[key]
-        elif key in KNOBS:
-            source, value = "default", knob.default
-        else:
-            continue  # Ultralytics' own default stands
-        values[key] = check_value(key, value)
-        sources[key] = source
-    if values.get("lr0") == AUTO:
-        if recorded:  # a resumed run starts from its own weights, which know the classes
-            values["lr0"] = arguments["lr0"]
-        else:
-            values["lr0"], why = rate_for(arguments)
-            reason = f"{reason or 'asked for'}, lr0={values['lr0']} {why}"
-    if values["rho"] != "auto" and "clip_fraction" in typed:
+    name = canonical_optimizer(args.optimizer)
+    if name is None:
+        _finalize_other(args, overrides or {}, set(ours))
+        return
+    args.optimizer = name
+    if args.resume:  # the checkpoint's arguments, decided by the run that wrote it
+        _rename(vars(args), warn=False)
+        vars(args).pop(external_optimizer.ARGUMENTS, None)
+        return
+    is_recorded = vars(args).get(MARKER) is not None
+    explicit = set_explicit(vars(args), overrides or {})
+    if not is_recorded:
+        found = indistinct(ULTRALYTICS_ARGS, vars(args), overrides or {})
+        _warn_of_indistinct({key: own for key, own in found.items() if key not in explicit})
+
+
+def set_explicit(args: dict[str, Any], given: Mapping[str, Any]) -> set[str]:
+    """Validate the explicit arguments of a Sophia run and record their names, in place.
+
+    Args:
+        args: All arguments of the run.
+        given: What the caller passed on top of the defaults.
+
+    Returns:
+        Names of the explicit arguments.
+
+    Raises:
+        TypeError: A value is of the wrong kind.
+        ValueError: A value is out of range or excludes another, or there is no such preset.
+    """
+    record = Record.of(args, KNOWN_KEYS)
+    explicit = explicit_keys(args, given, record)
+    if args.get(external_optimizer.ARGUMENTS) is not None:
         raise ValueError(
-            f"clip_fraction={values['clip_fraction']} belongs to rho=auto, found rho={values['rho']}: remove one."
+            f"{external_optimizer.ARGUMENTS} goes with an optimizer given by a dotted path, found "
+            f"optimizer={args['optimizer']}. Its own arguments are {list(OPTIONS)}."
         )
-    if (values["hessian_estimator"] == HUTCHINSON) != (optimizer == "SophiaH"):
-        raise ValueError(
-            f"hessian_estimator={values['hessian_estimator']} does not go with optimizer={optimizer}: {HUTCHINSON} "
-            "belongs to SophiaH, which has no other. Remove it, or change the optimizer."
-        )
-    values |= {"sophia": preset.name, MARKER: f"{preset.name}:{','.join(sorted(typed))}"}
-    return Resolved(values, sources, preset, reason)
+    args.pop(external_optimizer.ARGUMENTS, None)
+    explicit |= _rename(args)
+    preset = AUTO if args.get("sophia") is None else str(args["sophia"])
+    is_decided = record is not None and record.preset and (preset == record.preset or "sophia" not in explicit)
+    if preset.lower() == AUTO:
+        args["sophia"] = AUTO
+    elif not is_decided:
+        args["sophia"] = load_preset(preset).name
+    implied = {"hessian_estimator": HUTCHINSON} if canonical_optimizer(args["optimizer"]) == "SophiaH" else {}
+    explicit = {key for key in explicit & set(ALL) if args[key] != implied.get(key)}
+    for key in explicit:
+        args[key] = ALL[key].check(args[key])
+    values = {key: args[key] for key in explicit} | implied
+    for exclusive in (("clip_fraction", "rho"), ("hessian_estimator",)):
+        check_together({key: values[key] for key in exclusive if key in values}, explicit, args["optimizer"])
+    args[MARKER] = str(Record(record.preset if is_decided else "", frozenset(explicit)))
+    return explicit
 
 
-def _known_or_bare(name: str) -> Preset:
-    """The preset of a recorded run, or one without settings where its file is gone: the record has every value."""
-    try:
-        return load_preset(name)
-    except ValueError:
-        return Preset(name, "no longer readable", "", {}, {})
+def recorded_for_children(given: dict[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a `Model.train` that starts child processes, with the record of what is explicit in them.
 
-
-def _changed(arguments: dict[str, Any], preset: Preset) -> set[str]:
-    """Keys whose recorded value is not what the preset gives: changed since by hand, by the tuner, or in the preset."""
-    from ultralytics.utils import DEFAULT_CFG_DICT
-
-    given = {key: DEFAULT_CFG_DICT[key] for key in BORROWED} | {key: knob.default for key, knob in KNOBS.items()}
-    given |= preset.settings
-    if given["lr0"] == AUTO:
-        given["lr0"] = arguments["lr0"] if arguments.get("resume") else rate_for(arguments)[0]
-    return {key for key, value in given.items() if arguments.get(key, value) != value}
-
-
-def typed_keys(arguments: dict[str, Any]) -> set[str]:
-    """Keys of what a caller passed that the user typed.
-
-    Before 8.3.253, `YOLO.train` leaves every argument of a run, defaults included, to the next run of the same object.
-    That our defaults are among them gives it away, and no default then counts as typed.
+    Args:
+        given: The keyword arguments.
+        held: What the model object adds to them, or a file under `cfg` in `given`.
     """
     from ultralytics.utils import DEFAULT_CFG_DICT
+    from ultralytics.utils.checks import check_yaml
 
-    typed = {key for key, value in arguments.items() if value is not None}
-    if MARKER in arguments and arguments[MARKER] is None:
-        typed = {key for key in typed if arguments[key] != DEFAULT_CFG_DICT.get(key)}
-    return typed
+    if given.get("cfg"):
+        held = ultralytics_yaml.load(check_yaml(given["cfg"]))
+    args = {**DEFAULT_CFG_DICT, **held, **given}
+    if canonical_optimizer(args.get("optimizer")) is None:
+        return given
+    set_explicit(args, {**held, **given})
+    return {**given, MARKER: args[MARKER]}
+
+
+def check_together(values: Mapping[str, Any], explicit: Iterable[str], optimizer: str) -> None:
+    """Refuse values that exclude each other.
+
+    Raises:
+        ValueError: They do.
+    """
+    if values.get("rho", AUTO) != AUTO and "clip_fraction" in explicit:
+        raise ValueError(
+            f"clip_fraction={values.get('clip_fraction')} belongs to rho=auto, found rho={values['rho']}: remove one."
+        )
+    estimator = values.get("hessian_estimator")
+    if estimator is not None and (estimator == HUTCHINSON) != (str(optimizer).lower() == "sophiah"):
+        raise ValueError(
+            f"hessian_estimator={estimator} does not go with optimizer={optimizer}: {HUTCHINSON} belongs to SophiaH, "
+            "which has no other. Remove it, or change the optimizer."
+        )
+
+
+def _rename(args: dict[str, Any], warn: bool = True) -> set[str]:
+    """Replace options under their names of 0.1.0, in place; returns the new names."""
+    found = set()
+    for old in RENAMED:
+        value = args.pop(old, None)
+        if value is not None:
+            name, args[RENAMED[old][0]] = options.renamed(old, value)
+            found.add(name)
+            if warn:
+                warnings.warn(f"{old}={value} is now {name}={args[name]}.", FutureWarning, stacklevel=2)
+    return found
+
+
+def _warn_of_indistinct(values: Mapping[str, Any]) -> None:
+    from ultralytics.utils import LOGGER, RANK
+
+    if values and RANK in {-1, 0}:
+        LOGGER.warning(
+            f"SophiaG: {', '.join(f'{key}={own}' for key, own in values.items())} in the configuration equal "
+            "Ultralytics' defaults, so they count as not set and the preset decides. To keep one of them, pass it on "
+            "the command line or as a keyword argument."
+        )
+
+
+def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> None:
+    """The run has another optimizer: refuse or remove our arguments, but for those that external optimizers share."""
+    is_external = external_optimizer.is_dotted(args.optimizer)
+    theirs = set(external_optimizer.OWN) if is_external else set()
+    record = Record.of(vars(args), KNOWN_KEYS)
+    explicit = explicit_keys(vars(args), overrides, record)
+    if record is not None:
+        drop_record(vars(args), record, explicit, ours)
+    elif not args.resume:
+        refuse_for_others(explicit & (ours - theirs), args.optimizer)
+    for key in ours - theirs:
+        vars(args).pop(key, None)
+    if is_external and not args.resume:  # a resumed run has its own final arguments
+        external_optimizer.settle_dotted(args, explicit)
+        for key in external_optimizer.SHARED:
+            if key in explicit:
+                ALL[key].check(getattr(args, key))
+            else:
+                vars(args).pop(key, None)
+
+
+def drop_record(
+    arguments: dict[str, Any], record: Record, explicit: Iterable[str], ours: Iterable[str] = OUR_KEYS
+) -> None:
+    """Remove what an earlier Sophia run decided, in place: its arguments were passed on to another optimizer.
+
+    Args:
+        arguments: All arguments of the run.
+        record: The record in them.
+        explicit: Names of the explicit arguments, which stay.
+        ours: As in `finalize`.
+    """
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    if record.preset:
+        for key in ULTRALYTICS_ARGS.keys() - set(explicit):
+            arguments[key] = DEFAULT_CFG_DICT[key]
+    for key in ours:
+        arguments.pop(key, None)
+
+
+def refuse_for_others(keys: Iterable[str], optimizer: object) -> None:
+    """Refuse Sophia's arguments in a run with another optimizer.
+
+    Args:
+        keys: The explicit arguments.
+        optimizer: The run's optimizer.
+
+    Raises:
+        ValueError: One of our arguments is among them.
+    """
+    if found := sorted(set(keys) & set(OUR_KEYS)):
+        shared = " Optimizers given by a dotted path, as torch.optim.AdamW, take them too."
+        raise ValueError(
+            f"{found} are arguments of optimizer=SophiaG, but this run has optimizer={optimizer}. Remove them, or add "
+            f"optimizer=SophiaG.{shared if set(found) <= set(external_optimizer.OWN) else ''}"
+        )
 
 
 def within(values: dict[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring our knobs into what is searched, where Ultralytics' tuner has not.
+    """Bring our options into what is searched, where Ultralytics' tuner has not.
 
     Not every version rounds whole numbers that it does not know, and all but the newest round to five digits last: a
     small rho becomes 0.
@@ -206,123 +263,11 @@ def within(values: dict[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
         values: What the tuner proposes.
         space: Its bounds, lower and upper, by key.
     """
-    ours = {key: space[key][:2] for key in values if key in KNOBS and key in space}
+    ours = {key: space[key][:2] for key in values if key in OPTIONS and key in space}
     inside = dict(values)
     for key, (low, high) in ours.items():
-        if KNOBS[key].kind is int:
+        if OPTIONS[key].kind is int:
             inside[key] = min(max(round(values[key]), math.ceil(low)), math.floor(high))
         else:
             inside[key] = min(max(values[key], low), high)
     return inside
-
-
-def drop_record(arguments: dict[str, Any]) -> bool:
-    """Take out what an earlier Sophia run decided, in place: its arguments were passed on to another optimizer.
-
-    Returns:
-        Whether there was a record.
-    """
-    from ultralytics.utils import DEFAULT_CFG_DICT
-
-    recorded, _, keys = str(arguments.get(MARKER) or "").rpartition(":")
-    if not recorded:
-        return False
-    settings = _known_or_bare(recorded).settings
-    for key in BORROWED:
-        if key in settings and key not in keys.split(",") and settings[key] in (AUTO, arguments.get(key)):
-            arguments[key] = DEFAULT_CFG_DICT[key]
-    for key in OUR_KEYS:
-        arguments.pop(key, None)
-    return True
-
-
-def refuse_for_others(keys: Iterable[str], optimizer: object) -> None:
-    """Refuse Sophia's arguments in a run with another optimizer.
-
-    Args:
-        keys: What was typed.
-        optimizer: The run's optimizer.
-
-    Raises:
-        ValueError: One of our arguments is among them.
-    """
-    if ours := sorted(set(keys) & set(OUR_KEYS)):
-        shared = " Optimizers given by a dotted path, as torch.optim.AdamW, take them too."
-        raise ValueError(
-            f"{ours} are arguments of optimizer=SophiaG, but this run has optimizer={optimizer}. Remove them, or add "
-            f"optimizer=SophiaG.{shared if set(ours) <= set(dotted.OWN) else ''}"
-        )
-
-
-def settle(args: Any, overrides: dict[str, Any] | None) -> Resolved | None:
-    """Bring a trainer's or tuner's arguments into their final form, in place.
-
-    Args:
-        args: Namespace of all arguments.
-        overrides: What the caller passed on top of the defaults.
-
-    Returns:
-        What was decided for an optimizer of ours.
-
-    Raises:
-        TypeError: As `resolve`.
-        ValueError: As `resolve`; or Sophia's arguments were typed for another optimizer.
-    """
-    name = canonical_optimizer(args.optimizer)
-    typed = typed_keys(overrides or {})
-    if name is None:
-        theirs = set(dotted.OWN) if dotted.is_dotted(args.optimizer) else set()
-        if not drop_record(vars(args)) and not args.resume:
-            refuse_for_others(typed - theirs, args.optimizer)
-        for key in set(OUR_KEYS) - theirs:
-            vars(args).pop(key, None)
-        if theirs and not args.resume:  # a resumed run has its own final arguments
-            dotted.settle_dotted(args, typed)
-            for key in dotted.SHARED:
-                if key in typed:
-                    check_value(key, getattr(args, key))
-                else:
-                    vars(args).pop(key, None)
-        return None
-    if dotted.ARGUMENTS in typed:
-        raise ValueError(
-            f"{dotted.ARGUMENTS} goes with an optimizer given by a dotted path, found optimizer={name}. Its own "
-            f"arguments are {list(KNOBS)}."
-        )
-    vars(args).pop(dotted.ARGUMENTS, None)
-    resolved = resolve(vars(args), typed)
-    args.optimizer = name
-    for key, value in resolved.values.items():
-        setattr(args, key, value)
-    return resolved
-
-
-def judge(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Judge the arguments of a training as its trainer will, before there is one.
-
-    Args:
-        given: What the training will be given.
-
-    Returns:
-        All arguments in their final form.
-
-    Raises:
-        TypeError: As `resolve`; or a value is not of its argument's kind.
-        ValueError: As `settle`; or a value is out of range, or there is no such optimizer.
-    """
-    from ultralytics.cfg import check_cfg
-    from ultralytics.utils import DEFAULT_CFG_DICT
-
-    given = dict(given)
-    name = given.get("optimizer", "auto")
-    if canonical_optimizer(name) is None and not dotted.is_dotted(name):
-        if str(name).lower() not in {x.lower() for x in THEIRS}:
-            known = (*OPTIMIZERS, *THEIRS)
-            raise ValueError(
-                f"optimizer={name!r} is not an optimizer.{suggestion(name, known)} Valid names: {list(known)}, or a "
-                "dotted path such as torch.optim.Adagrad."
-            )
-    check_cfg(dict(given))
-    args = SimpleNamespace(**{**default_arguments(), **DEFAULT_CFG_DICT, **given})
-    settle(args, given)
-    return vars(args)

@@ -1,98 +1,62 @@
 """Learning rates that follow from the run: `lr0: auto` in a preset, and head_lr_factor=auto.
 
-The body: little where the weights know the classes, else by the number of classes, as Ultralytics' `optimizer=auto` has
-it (there .002 * 5 / (4 + classes)). A new head: always HEAD. Whether it is new is read from the model, not from where
-it came: a file of weights may have a new head.
+Figures: docs/studies/2026-11-28-head.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from copy import deepcopy
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
-from yolo_sophia.integration.measure import read_data
-
-AUTO = "auto"
+import torch
+from torch import nn
 
 HEAD = 0.0025
-"""Learning rate of a new head (docs/studies/2026-11-28-head)."""
+"""Learning rate of a new head."""
 
 KNOWN = 0.00012
-"""Learning rate of weights that know the classes, their head excepted if it is new (the same study)."""
+"""Learning rate of weights that know the classes, except for a new head."""
 
 CLASSES = 10
-"""Taken where the number of classes is not known, as by Ultralytics."""
+"""Number of classes that is assumed where it is unknown, as by Ultralytics."""
 
 
-def rate_for(arguments: Mapping[str, Any]) -> tuple[float, str]:
-    """What `lr0: auto` stands for, and why, in words: KNOWN, or .01 / (4 + classes).
+def rate_for(names: Collection[str], weight_names: Collection[str], single_cls: bool = False) -> tuple[float, str]:
+    """The number for `lr0: auto`, and the reason in words: KNOWN, or .01 / (4 + classes).
 
-    Weights know the classes if half of their names or more are among their own.
+    The weights know the classes if half of the names or more are among their own. The other form is that of
+    Ultralytics' `optimizer=auto`, .002 * 5 / (4 + classes).
 
     Args:
-        arguments: Arguments of the run.
+        names: Class names of the data.
+        weight_names: Class names of the weights, in lower case.
+        single_cls: Whether all classes are trained as one.
     """
-    names, own = class_names(arguments), known_names(arguments)
-    known = sum(name in own for name in names)
+    known = sum(str(name).lower() in weight_names for name in names)
     if known and 2 * known >= len(names):
         return KNOWN, f"as the weights know {known} of {len(names)} classes"
-    count = 1 if arguments.get("single_cls") else len(names)
+    count = 1 if single_cls else len(names)
     shown = f"{count or 'an unknown number of'} new class{'es' * (count != 1)}"
     return round(0.01 / (4 + (count or CLASSES)), 6), f"for {shown}"
 
 
-def class_names(arguments: Mapping[str, Any]) -> list[str]:
-    """Names of the classes in the run's data YAML, in lower case; none where it has none, or there is none."""
-    try:
-        _, content = read_data(str(arguments.get("data")))
-        names = content["names"] if "names" in content else [f"class_{i}" for i in range(content["nc"])]
-        return [str(name).lower() for name in (names.values() if isinstance(names, dict) else list(names))]
-    except (ValueError, LookupError, TypeError):
-        return []  # Ultralytics itself will say what is wrong with it
-
-
-def known_names(arguments: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the classes of the weights that the run starts from, in lower case."""
-    files = (arguments.get("pretrained"), arguments.get("model"))
-    for name in files:
-        path = Path(str(name))
-        if isinstance(name, (str, Path)) and path.suffix.lower() in {".pt", ".pth"} and path.is_file():
-            return _names_in(str(path.resolve()), path.stat().st_mtime_ns)
-    return frozenset()
-
-
-@lru_cache(maxsize=16)
-def _names_in(path: str, changed: int) -> frozenset[str]:
-    from ultralytics import YOLO
-
-    try:
-        return frozenset(str(name).lower() for name in YOLO(path).names.values())
-    except Exception:  # of the many kinds that a damaged file leads to: Ultralytics itself will say what is wrong
-        return frozenset()
-
-
 def factor_for(lr: float, new: bool) -> float:
-    """What head_lr_factor=auto stands for: a new head gets HEAD, or lr if that is more; a trained one gets lr.
+    """The number for head_lr_factor=auto: a new head gets HEAD, or lr if that is more; a trained one gets lr.
 
     Args:
-        lr: Learning rate of the rest.
+        lr: Learning rate of the other layers.
         new: Whether the head is new.
     """
     return round(max(1.0, HEAD / lr), 4) if new and lr > 0 else 1.0
 
 
-def is_new(head: Any) -> bool:
+def is_new(head: nn.Module | None) -> bool:
     """Whether a head of Ultralytics has initial biases somewhere: its class scores, where the classes have changed.
 
-    To the precision of float16, in which weights are saved. Heads without a `bias_init` (classification, RT-DETR) count
-    as trained.
+    The comparison has the precision of float16, in which weights are saved. Heads without a `bias_init`
+    (classification, RT-DETR) count as trained.
     """
-    import torch
-
     if not callable(getattr(head, "bias_init", None)):
         return False
     initial = deepcopy(head)

@@ -1,8 +1,4 @@
-"""Which preset a run gets when its user names none.
-
-The rule: by what is known before the run starts, what it starts from and how many optimizer steps it has; the choice is
-said, recorded, and never made twice for one run.
-"""
+"""Which shipped preset a run gets when its user names none: by its start and its number of optimizer steps."""
 
 from __future__ import annotations
 
@@ -12,37 +8,31 @@ from typing import Any
 
 from yolo_sophia.integration.measure import count_images
 
-SHORT = 1000
+SCRATCH, SHORT, LONG = "detect-scratch", "detect-short", "detect-finetune"
+CANDIDATES = (SCRATCH, SHORT, LONG)
+
+FEWER_STEPS = 1000
 """Optimizer steps below which a fine-tuning gets the preset for short ones."""
 
 
-def choose_preset(arguments: Mapping[str, Any]) -> tuple[str, str]:
-    """Name of a shipped preset, and why it was chosen, in words.
+def choose_preset(from_weights: bool, steps: int | None) -> tuple[str, str]:
+    """Name of a shipped preset, and the reason in words.
 
     Args:
-        arguments: Arguments of the run; Ultralytics' defaults stand for those that are not there.
+        from_weights: Whether the run starts from trained weights.
+        steps: Its optimizer steps; None where they are unknown, as under `time=`.
     """
-    steps = optimizer_steps(arguments)
     length = "of unknown length" if steps is None else f"of {steps} steps"
-    start = "a fine-tuning" if has_weights(arguments) else "a training from scratch"
-    if not has_weights(arguments):
-        name = "detect-scratch"
-    else:
-        name = "detect-short" if steps is not None and steps < SHORT else "detect-finetune"
-    return name, f"chosen for {start} {length}"
-
-
-def has_weights(arguments: Mapping[str, Any]) -> bool:
-    """Whether the run starts from trained weights: a checkpoint as its model, or as `pretrained`."""
-    pretrained = arguments.get("pretrained")
-    given = [str(arguments.get("model") or ""), pretrained if isinstance(pretrained, str) else ""]
-    return any(name.lower().endswith((".pt", ".pth")) for name in given)
+    if not from_weights:
+        return SCRATCH, f"chosen for a training from scratch {length}"
+    is_short = steps is not None and steps < FEWER_STEPS
+    return SHORT if is_short else LONG, f"chosen for a fine-tuning {length}"
 
 
 def optimizer_steps(arguments: Mapping[str, Any]) -> int | None:
-    """Optimizer steps of the run, as Ultralytics counts its `iterations`; None where they are not known yet.
+    """Optimizer steps of a run that has not begun, as Ultralytics counts its `iterations`; None where unknown.
 
-    They are not where the images are not there yet, or the length is given in hours.
+    They are unknown where the images are absent, or the length is given in hours.
     """
     from ultralytics.utils import DEFAULT_CFG_DICT
 
@@ -51,11 +41,11 @@ def optimizer_steps(arguments: Mapping[str, Any]) -> int | None:
         return None
     try:
         images = count_images(arguments["data"])
-    except ValueError:  # Ultralytics itself will say what is wrong with it
+    except ValueError:  # Ultralytics itself reports what is wrong with the file
         return None
     # AutoBatch (batch=-1 or a fraction) decides later; with nbs above it, as by default, it makes no difference.
     batch, fraction = arguments["batch"], arguments["fraction"]
-    step = max(batch if isinstance(batch, int) else 0, arguments["nbs"], 1)  # Ultralytics 8.3 lets nbs=0 through
+    step = max(batch if isinstance(batch, int) else 0, arguments["nbs"], 1)  # Ultralytics 8.3 accepts nbs=0
     part = fraction[0] if isinstance(fraction, list) else fraction  # a list is for train, val and test
     images = min(images, part) if isinstance(part, int) else images * part
     return math.ceil(images / min(step, math.ceil(images))) * arguments["epochs"] if images else None

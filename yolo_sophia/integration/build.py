@@ -10,13 +10,16 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_sophia.curvature import ESTIMATORS, Hutchinson
-from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer, resolve
-from yolo_sophia.integration.auto_lr import AUTO, factor_for, is_new
+from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer
+from yolo_sophia.integration.auto_lr import factor_for, is_new
 from yolo_sophia.integration.checkpoints import reworded
 from yolo_sophia.integration.external_optimizer import build_dotted
-from yolo_sophia.integration.session import Session, compiled, unwrap
+from yolo_sophia.integration.modules import head_of, is_compiled, unwrap
+from yolo_sophia.integration.resolution import decide, save_arguments
+from yolo_sophia.integration.session import Session
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.optim.base import SophiaBase
+from yolo_sophia.options import AUTO
 
 CLOCK = {"hessian_age": None, "refresh_index": 0, "hessian_updates": 0, "hessian_dropped": 0}
 """Kept in every parameter group, hence in checkpoints: optimizer steps since h was last updated (None: never),
@@ -38,13 +41,14 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
     if previous is not None:  # an out-of-memory restart of Ultralytics < 8.4 builds its optimizer again
         previous.detach()
     name = canonical_optimizer(call["name"])
-    # A trainer class may ask for SophiaG by itself: then nothing is settled yet, and the preset decides.
-    resolved = resolve({**vars(trainer.args), "optimizer": name}, ())
+    call = {**call, "name": name}
+    resolved = decide(trainer, call)
     knobs = resolved.values
     schedule = {key: knobs[key] for key in ("hessian_interval", "hessian_warmup", "hessian_fraction")}
     groups = parameter_groups(
-        original, call, name, settle_factor(trainer, call, knobs["head_lr_factor"], name), **schedule, **CLOCK
+        original, call, name, head_factor(trainer, call, knobs["head_lr_factor"], name), **schedule, **CLOCK
     )
+    save_arguments(trainer)
     settings = dict(
         lr=call["lr"],
         betas=(call["momentum"], knobs["beta2"]),
@@ -53,12 +57,14 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         weight_decay=0.0,
         bias_correction=True,
         cautious=knobs["cautious"],
-        hessian_root=knobs["hessian_root"],
+        hessian_root=knobs["hessian_power"] == 0.5,
         hessian_average=None if knobs["hessian_average"] == "element" else knobs["hessian_average"],
     )
     if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves
         set_bn_momentum(trainer.model, knobs["bn_momentum"])
     if RANK in {-1, 0}:
+        if resolved.reason:
+            LOGGER.info(f"{colorstr('Sophia:')} preset '{resolved.preset.name}', {resolved.reason}")
         LOGGER.info(f"{colorstr(f'{name}:')} {resolved.describe()}")
     if name == "SophiaH":
         refuse_once_differentiable(trainer)
@@ -86,7 +92,7 @@ def refuse_once_differentiable(trainer: BaseTrainer) -> None:
     found = {
         "automatic mixed precision in float16": (trainer.scaler.is_enabled(), "amp=False"),
         "several devices (DistributedDataParallel)": (RANK != -1, "one device"),
-        "torch.compile": (compiled(trainer.model), "compile=False"),
+        "torch.compile": (is_compiled(trainer.model), "compile=False"),
     }
     if reasons := {reason: remedy for reason, (is_so, remedy) in found.items() if is_so}:
         raise NotImplementedError(
@@ -99,11 +105,12 @@ def build_other(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) 
     """Build an optimizer given by a dotted path; arguments as in `build_sophia`."""
     if getattr(trainer.args, "bn_momentum", None) is not None:
         set_bn_momentum(trainer.model, trainer.args.bn_momentum)
-    factor = settle_factor(trainer, call, getattr(trainer.args, "head_lr_factor", None), call["name"])
+    factor = head_factor(trainer, call, getattr(trainer.args, "head_lr_factor", None), call["name"])
+    save_arguments(trainer)
     return build_dotted(trainer, parameter_groups(original, call, call["name"], factor), call)
 
 
-def settle_factor(trainer: BaseTrainer, call: dict[str, Any], given: float | str | None, shown: str) -> float:
+def head_factor(trainer: BaseTrainer, call: dict[str, Any], given: float | str | None, shown: str) -> float:
     """The number that head_lr_factor is in this run; "auto" is replaced in the trainer's arguments, which are resumed.
 
     Args:
@@ -161,11 +168,3 @@ def parameter_groups(
         for group in groups
     ]
     return [group for group in split if group["params"]]
-
-
-def head_of(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The head of an Ultralytics model, the last module of its list; of a distillation, its student's; or None."""
-    model = unwrap(model)
-    layers = getattr(getattr(model, "student_model", model), "model", None)
-    is_list = isinstance(layers, (torch.nn.Sequential, torch.nn.ModuleList))
-    return layers[-1] if is_list and len(layers) else None

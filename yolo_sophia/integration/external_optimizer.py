@@ -11,7 +11,7 @@ import inspect
 from importlib import import_module
 from typing import Any
 
-from yolo_sophia.presets import suggestion
+from yolo_sophia.options import suggestion
 
 ARGUMENTS = "optimizer_args"
 SHARED = ("bn_momentum", "head_lr_factor")

@@ -7,7 +7,10 @@ Sophia.
 Seams (Ultralytics 8.3.0 to 8.4.190):
     utils.DEFAULT_CFG_DICT, DEFAULT_CFG     our keys added in place: `python -m ultralytics.cfg.__init__` shares them
     cfg.CFG_{FRACTION,INT,BOOL}_KEYS       the kinds of our keys
-    engine.trainer.BaseTrainer.check_resume     arguments are final here, and no directory is made yet
+    cfg.entrypoint, engine.model.Model.train    which arguments the user gave
+    nn.tasks.BaseModel.load                     the class names of the weights
+    engine.trainer.BaseTrainer.__init__, train  its cfg=; what the workers of a multi-GPU run must know
+    engine.trainer.BaseTrainer.check_resume     arguments are validated here, and no directory is made yet
     engine.trainer.BaseTrainer.build_optimizer  the closed list of optimizers
     engine.trainer.convert_optimizer_state_dict_to_fp16   would halve h, which is tiny
     engine.trainer.strip_optimizer              would write last.pt and best.pt in place
@@ -26,7 +29,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from yolo_sophia.integration import arguments
+from yolo_sophia import options
+from yolo_sophia.integration import arguments, explicit
 from yolo_sophia.integration.external_optimizer import OWN, is_dotted
 
 SUPPORTED = "ultralytics>=8.3,<9"
@@ -103,6 +107,10 @@ class Ledger:
         mapping.update(new)
         self.added.append((mapping, tuple(new)))
 
+    def added_keys(self) -> set[str]:
+        """The keys that `add` put anywhere: not those that Ultralytics has itself."""
+        return {key for _, keys in self.added for key in keys}
+
     def take_keys_back(self) -> None:
         """Take out of every mapping what `add` put there."""
         for mapping, keys in self.added:
@@ -158,15 +166,20 @@ def _patch_utils(ledger: Ledger, module: ModuleType) -> None:
 
 
 def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
-    for name, keys in (
-        # rho is among none of them: it may be a word, and is judged with us
-        ("CFG_FRACTION_KEYS", {"beta2", "bn_momentum", "clip_fraction", "hessian_fraction"}),
-        ("CFG_INT_KEYS", {"hessian_interval", "hessian_warmup"}),
-        ("CFG_BOOL_KEYS", {"cautious", "hessian_root"}),
-    ):
+    for name, kind in (("CFG_FRACTION_KEYS", "fraction"), ("CFG_INT_KEYS", "int"), ("CFG_BOOL_KEYS", "bool")):
         original = module.__dict__.get(name)
         if isinstance(original, (set, frozenset)):
-            ledger.set(module, name, type(original)(original | keys))
+            ledger.set(module, name, type(original)(original | (options.keys(kind) & ledger.added_keys())))
+
+    def entrypoint(original: Callable) -> Callable:
+        def wrapper(debug=""):
+            tokens = (debug.split(" ") if debug else sys.argv)[1:]
+            with explicit.command_line(module.merge_equals_args(tokens)):
+                return original(debug)
+
+        return wrapper
+
+    ledger.replace(module, "entrypoint", ("debug",), entrypoint)
 
 
 def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
@@ -175,8 +188,7 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
             original(self, overrides)
             if arguments.canonical_optimizer(self.args.optimizer) or is_dotted(self.args.optimizer):
                 ledger.require_sound()
-            if resolved := arguments.settle(self.args, overrides):
-                resolved.announce()
+            arguments.finalize(self.args, overrides, ledger.added_keys())
 
         return wrapper
 
@@ -213,7 +225,27 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
 
         return wrapper
 
+    def init(original: Callable) -> Callable:
+        def wrapper(self, cfg=module.DEFAULT_CFG, *args, **kwargs):
+            with explicit.configuration(None if cfg is module.DEFAULT_CFG else cfg):
+                original(self, cfg, *args, **kwargs)
+
+        return wrapper
+
+    def train(original: Callable) -> Callable:
+        def wrapper(self, *args, **kwargs):
+            if arguments.canonical_optimizer(self.args.optimizer) is None:
+                return original(self, *args, **kwargs)
+            from yolo_sophia.integration.provenance import names_for_workers
+
+            with names_for_workers(self.model):
+                return original(self, *args, **kwargs)
+
+        return wrapper
+
     trainer = module.BaseTrainer
+    ledger.replace(trainer, "__init__", ("self", "cfg", "overrides", "_callbacks"), init)
+    ledger.replace(trainer, "train", ("self",), train)
     if not ledger.replace(trainer, "check_resume", ("self", "overrides"), check_resume):
         ledger.take_keys_back()  # nobody would take them out of other runs' args.yaml
     ledger.replace(
@@ -225,30 +257,60 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
     ledger.replace(module, "strip_optimizer", ("f", "s"), strip_optimizer)
 
 
+def _patch_model(ledger: Ledger, module: ModuleType) -> None:
+    def train(original: Callable) -> Callable:
+        def wrapper(self, trainer=None, **kwargs):
+            with explicit.keyword_arguments(kwargs):
+                if isinstance(kwargs.get("data"), (list, tuple)):  # MultiTrainer starts a child for each of them
+                    kwargs = arguments.recorded_for_children(kwargs, self.overrides)
+                return original(self, trainer, **kwargs)
+
+        return wrapper
+
+    ledger.replace(module.Model, "train", ("self", "trainer"), train)
+
+
+def _patch_tasks(ledger: Ledger, module: ModuleType) -> None:
+    def load(original: Callable) -> Callable:
+        def wrapper(self, weights, *args, **kwargs):
+            result = original(self, weights, *args, **kwargs)
+            from yolo_sophia.integration.provenance import note_load
+
+            note_load(self, weights)
+            return result
+
+        return wrapper
+
+    ledger.replace(module.BaseModel, "load", ("self", "weights"), load)
+
+
 def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:
     def init(original: Callable) -> Callable:
         def wrapper(self, args, *rest, **kwargs):
             asked = args.get("optimizer", "auto")
             name = arguments.canonical_optimizer(asked)
             theirs = set(OWN) if is_dotted(asked) else set()
+            space = args.get("space") or {}
+            given = {**args, **dict.fromkeys(space, 0)}
             if name is None:
-                arguments.drop_record(args)
-                typed = arguments.typed_keys(args) | set(args.get("space") or {})
-                arguments.refuse_for_others(typed - theirs, asked)
+                record = explicit.Record.of(args, arguments.KNOWN_KEYS)
+                found = explicit.explicit_keys(given, given, record)
+                if record is None:
+                    arguments.refuse_for_others(found & (ledger.added_keys() - theirs), asked)
+                else:
+                    arguments.drop_record(args, record, found, ledger.added_keys())
             else:
                 ledger.require_sound()
-                # Resolved before Tuner makes its directory, and recorded: the children do not resolve again.
-                resolved = arguments.resolve(args, arguments.typed_keys(args))
-                resolved.announce()
-                args.update(resolved.values)
                 args["optimizer"] = name
-                if "rho" in (args.get("space") or {}) and args["rho"] == "auto":
-                    args["rho"] = arguments.KNOBS["rho"].default  # the search starts from a number
+                arguments.set_explicit(args, dict(args))  # before Tuner makes its directory
             original(self, args, *rest, **kwargs)
             if name is None:
-                for key in set(arguments.OUR_KEYS) - theirs:
+                for key in ledger.added_keys() - theirs:
                     vars(self.args).pop(key, None)
             else:
+                from yolo_sophia.integration.resolution import start_search
+
+                start_search(vars(self.args), self.space)
                 mutate = self._mutate
                 self._mutate = lambda *args, **kwargs: arguments.within(mutate(*args, **kwargs), self.space)
 
@@ -266,4 +328,6 @@ _SEAMS: dict[str, Callable[[Ledger, ModuleType], None]] = {
     "ultralytics.cfg": _patch_cfg,
     "ultralytics.engine.trainer": _patch_trainer,
     "ultralytics.engine.tuner": _patch_tuner,
+    "ultralytics.engine.model": _patch_model,
+    "ultralytics.nn.tasks": _patch_tasks,
 }

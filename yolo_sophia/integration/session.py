@@ -29,30 +29,13 @@ from yolo_sophia.curvature import Estimator, Hutchinson
 from yolo_sophia.curvature.noise import noise_seed
 from yolo_sophia.integration.checkpoints import final_eval_atomically, save_atomically
 from yolo_sophia.integration.criteria import CriterionRecorder, measured_images_exponent
+from yolo_sophia.integration.modules import is_compiled, unwrap
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.subsample import images_in_part, loss_of_part
 from yolo_sophia.optim.base import SophiaBase
 
 TRIES = 4
 """Scales to try for an estimate in float16, each an eighth of the one before."""
-
-
-def unwrap(model: torch.nn.Module) -> Any:
-    """The model inside DistributedDataParallel and torch.compile."""
-    return _layers(model)[-1]
-
-
-def compiled(model: torch.nn.Module) -> bool:
-    """Whether the model is inside torch.compile."""
-    return any(hasattr(layer, "_orig_mod") for layer in _layers(model))
-
-
-def _layers(model: torch.nn.Module) -> list[Any]:
-    """The model, then what it wraps, and so on. A compiled model has no truth value: it asks the model for a length."""
-    layers = [model]
-    while layers[-1] is not None:
-        layers.append(getattr(layers[-1], "module", getattr(layers[-1], "_orig_mod", None)))
-    return layers[:-1]
 
 
 class Session:
@@ -143,7 +126,7 @@ class Session:
             self._listen(model, batch)
             # A compiled graph is used up by its first backward pass (donated buffers), and in DistributedDataParallel
             # with static_graph, which Ultralytics asks for then, the first one of all sets off the reduction.
-            if self.staged_images < self.batch_images or compiled(self.trainer.model):
+            if self.staged_images < self.batch_images or is_compiled(self.trainer.model):
                 try:
                     self._estimate(lambda: loss_of_part(model, batch, self.staged_images))
                 finally:

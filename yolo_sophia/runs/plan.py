@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from yolo_sophia.presets import suggestion
+from yolo_sophia.options import suggestion
 from yolo_sophia.runs.run import Run, check_name, data_name, make_run
 
 MAX_SEEDS, MAX_SEED = 1000, 2**31
@@ -326,13 +326,13 @@ def check_values(arguments: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: A value is of the wrong kind or out of range; the message names its key.
     """
-    from yolo_sophia.integration.arguments import judge
+    from yolo_sophia.integration.resolution import validate_arguments
 
     for key, value in arguments.items():
         if (problem := _problem(key, value)) is not None:
             raise ValueError(f"{where}: {key}={value!r}: expected {problem}.")
     try:
-        judge(arguments)
+        validate_arguments(arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{where}: {error}") from None
 

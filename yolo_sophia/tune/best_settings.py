@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from yolo_sophia.presets import BORROWED, KNOBS
+from yolo_sophia.options import OPTIONS, ULTRALYTICS_ARGS
 from yolo_sophia.runs.run import data_name
 from yolo_sophia.tune.plan import TunePlan
 
@@ -43,11 +43,11 @@ def outcome(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: i
     found = f"best of {trials} trials, mAP50-95 {value:.4f}: {_length(plan)}"
     best, others = plan.out / BEST, plan.out / ARGUMENTS
     if name is None:
-        given = {key: plan.fixed[key] for key in BORROWED if key in plan.fixed}
+        given = {key: plan.fixed[key] for key in ULTRALYTICS_ARGS if key in plan.fixed}
         text = _arguments(plan, {**given, **plan.arm.arguments, **settings}, found)
         return Outcome({BEST: text}, f"yolo train cfg={best} {where}")
     files = {BEST: _preset(plan, name, settings, found)}
-    rest = {key: own for key, own in settings.items() if key not in KNOBS and key not in BORROWED}
+    rest = {key: own for key, own in settings.items() if key not in OPTIONS and key not in ULTRALYTICS_ARGS}
     if not rest:
         return Outcome(files, f"yolo train {where} optimizer={name} sophia={best}")
     files[ARGUMENTS] = _arguments(plan, {"optimizer": name, **rest}, found)
@@ -63,14 +63,14 @@ def _length(plan: TunePlan) -> str:
 
 
 def _preset(plan: TunePlan, optimizer: str, settings: Mapping[str, Any], found: str) -> str:
-    from yolo_sophia.integration.arguments import resolve
+    from yolo_sophia.integration.resolution import preview
 
     given = {**plan.fixed, **settings}
-    resolved = resolve({**given, "optimizer": optimizer}, given)
+    resolved = preview({**given, "optimizer": optimizer}, given)
     origins = {
         "preset": lambda key: f"preset {resolved.preset.name}: {resolved.preset.origins[key]}",
         "default": lambda key: "package default; not varied",
-        "typed": lambda key: f"study {plan.study}: " + (found if key in settings else "given, not varied"),
+        "explicit": lambda key: f"study {plan.study}: " + (found if key in settings else "given, not varied"),
     }
     content = {
         "description": f"Tuned by yolo-sophia tune, study {plan.study}; {found}",

@@ -33,10 +33,10 @@ def tune_space(
         ValueError: There is no such optimizer; an entry is malformed; the genetic tuner cannot search it; or Ray is not
             installed.
     """
-    from yolo_sophia.integration.arguments import judge
+    from yolo_sophia.integration.resolution import validate_arguments
 
     given = {key: read_dimension(key, entry) for key, entry in (space or {}).items()}
-    dimensions = merged(judge({"optimizer": optimizer}), given)
+    dimensions = merged(validate_arguments({"optimizer": optimizer}), given)
     return {key: _for_ray(own) if ray else _for_tuner(key, own) for key, own in dimensions.items()}
 
 

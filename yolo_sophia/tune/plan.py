@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from yolo_sophia.presets import suggestion
+from yolo_sophia.options import suggestion
 from yolo_sophia.runs.plan import (
     COUNT,
     DECIDED,
@@ -178,7 +178,8 @@ def build(content: Mapping[str, Any]) -> TunePlan:
 
 
 def _build(content: Mapping[str, Any]) -> TunePlan:
-    from yolo_sophia.integration.arguments import judge, known_arguments
+    from yolo_sophia.integration.arguments import known_arguments
+    from yolo_sophia.integration.resolution import validate_arguments
 
     if "pruner" in content and content["pruner"] is None:  # the word none was read as null
         content = {**content, "pruner": "none"}
@@ -200,7 +201,7 @@ def _build(content: Mapping[str, Any]) -> TunePlan:
     check_arm(arm, common)
     space = _space(own["space"], fixed)
     _check_samples(space, fixed)
-    settled = judge(fixed)
+    settled = validate_arguments(fixed)
     if "clip_fraction" in space and "rho" not in space and settled["rho"] != "auto":
         raise ValueError(f"space: clip_fraction requires rho=auto, found rho={settled['rho']}: add rho=auto.")
     study = as_name("-".join([arm.name, *map(data_name, data)]))
@@ -257,7 +258,8 @@ def _consistent(plan: TunePlan, explicit: set[str]) -> TunePlan:
 
 def _space(given: Any, fixed: Mapping[str, Any]) -> dict[str, Dimension]:
     """The optimizer's own space without what is fixed, and what is given on top."""
-    from yolo_sophia.integration.arguments import judge, known_arguments
+    from yolo_sophia.integration.arguments import known_arguments
+    from yolo_sophia.integration.resolution import validate_arguments
 
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"space: found {given!r}, expected a mapping of arguments to {FORMS}.")
@@ -270,7 +272,7 @@ def _space(given: Any, fixed: Mapping[str, Any]) -> dict[str, Dimension]:
         read[key] = read_dimension(key, entry)
         if read[key] is not None and key in fixed:
             raise ValueError(f"{key}={fixed[key]} is fixed, and it is in the space: leave one of them out.")
-    space = {key: own for key, own in merged(judge(fixed), read).items() if key not in fixed}
+    space = {key: own for key, own in merged(validate_arguments(fixed), read).items() if key not in fixed}
     if not space:
         example = "space=\"{'lr0': [1e-4, 1e-2, 'log']}\""
         raise ValueError(f"optimizer={fixed['optimizer']}: there is nothing to search; add {example}.")

@@ -1,0 +1,239 @@
+"""Every option of a Sophia run, declared once: name, kind, default, range, description.
+
+The argument checks, the key sets of Ultralytics' configuration, the default search spaces, the preset checks and the
+table in docs/arguments.md follow from this file. It imports neither torch nor ultralytics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+AUTO = "auto"
+"""Word for a value that is measured or chosen by the package."""
+
+HUTCHINSON = "hutchinson"
+"""The estimator of optimizer=SophiaH. No other optimizer takes it: its estimates can be negative."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One Ultralytics argument that a Sophia run takes.
+
+    Attributes:
+        name: The argument's name.
+        kind: int, float, str or bool.
+        doc: One line for the documentation.
+        default: Value without a preset; None for Ultralytics' own arguments, whose default stays in force.
+        low: Smallest value of a number.
+        high: Largest value of a number.
+        ends: "[" or "(" and "]" or ")": whether `low` and `high` belong to the range.
+        choices: All valid values, where the option is an enumeration.
+        words: Words that are valid beside values of the kind, in any case.
+        search: Bounds of the default search space; None if the option is not searched by default.
+        log_search: Whether the search is logarithmic.
+    """
+
+    name: str
+    kind: type
+    doc: str
+    default: Any = None
+    low: float = -math.inf
+    high: float = math.inf
+    ends: str = "[]"
+    choices: tuple[Any, ...] = ()
+    words: tuple[str, ...] = ()
+    search: tuple[float, float] | None = None
+    log_search: bool = True
+
+    @property
+    def expected(self) -> str:
+        """The valid values in words, for messages and documentation."""
+        if self.kind is bool:
+            return "True or False"
+        if self.choices:
+            *most, last = map(str, self.choices)
+            return f"{', '.join(most)} or {last}"
+        noun = "a whole number" if self.kind is int else "a number"
+        if math.isinf(self.high):
+            text = f"{noun} {'>' if self.ends[0] == '(' else '>='} {self.low:g}"
+        else:
+            text = f"{noun} in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+        return ", or ".join([text, *self.words])
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether Ultralytics' own check for numbers in [0, 1] applies."""
+        return self.kind is float and not self.choices and not self.words and self.low >= 0 and self.high <= 1
+
+    def contains(self, value: Any) -> bool:
+        """Whether a value of the right kind is in range."""
+        if self.kind is bool:
+            return True
+        if self.choices:
+            return value in self.choices
+        above = value > self.low if self.ends[0] == "(" else value >= self.low
+        below = value < self.high if self.ends[1] == ")" or math.isinf(self.high) else value <= self.high
+        return above and below
+
+    def check(self, value: Any) -> Any:
+        """Check a value and return it in the option's kind.
+
+        Raises:
+            TypeError: The value is of another kind.
+            ValueError: The value is out of range.
+        """
+        if isinstance(value, str) and value.lower() in self.words:
+            return value.lower()
+        accepted = {int: int, float: (int, float), str: str, bool: bool}[self.kind]
+        if isinstance(value, bool) != (self.kind is bool) or not isinstance(value, accepted):
+            raise TypeError(
+                f"'{self.name}={value}' is of invalid type {type(value).__name__}; "
+                f"'{self.name}' must be {self.expected}."
+            )
+        try:
+            value = self.kind(value)
+        except OverflowError:  # an integer beyond any float
+            value = math.inf
+        if not self.contains(value):
+            hint = suggestion(value, self.choices) if self.kind is str else ""
+            raise ValueError(f"'{self.name}={value}' is an invalid value; '{self.name}' must be {self.expected}.{hint}")
+        return value
+
+
+def _by_name(*options: Option) -> Mapping[str, Option]:
+    return MappingProxyType({option.name: option for option in options})
+
+
+OPTIONS: Mapping[str, Option] = _by_name(
+    Option(
+        "rho",
+        float,
+        "Scale of the curvature in `clip(m / (rho h + eps), 1)`. A larger value clips fewer coordinates. "
+        "`auto` adjusts it to `clip_fraction`.",
+        0.04,
+        low=0,
+        ends="()",
+        words=(AUTO,),
+        search=(0.01, 1.0),
+    ),
+    Option(
+        "clip_fraction",
+        float,
+        "Fraction of coordinates to clip under `rho=auto`.",
+        0.6,
+        low=0,
+        high=1,
+        ends="()",
+        search=(0.1, 0.95),
+        log_search=False,
+    ),
+    Option("hessian_interval", int, "Optimizer steps between two Hessian updates.", 10, low=1),
+    Option("hessian_warmup", int, "Number of first steps that each update h.", 0, low=0),
+    Option(
+        "hessian_fraction",
+        float,
+        "Fraction of a batch that an estimate uses, at least four images. 1: all images, through the training graph.",
+        1.0,
+        low=0,
+        high=1,
+        ends="(]",
+    ),
+    Option(
+        "hessian_estimator",
+        str,
+        "`gnb`: labels sampled from the model. `empirical_fisher`, `sign`: true labels, for ablations. "
+        "`hutchinson` belongs to `optimizer=SophiaH`.",
+        "gnb",
+        choices=("gnb", "empirical_fisher", "sign", HUTCHINSON),
+    ),
+    Option(
+        "hessian_average",
+        str,
+        "One value of h for each `element`, convolution `kernel` or output `row`.",
+        "element",
+        choices=("element", "kernel", "row"),
+    ),
+    Option("hessian_power", float, "Exponent of h in the denominator.", 1.0, choices=(0.5, 1.0)),
+    Option("cautious", bool, "Skip coordinates whose update has the sign opposite to the gradient.", False),
+    Option(
+        "head_lr_factor",
+        float,
+        "Learning rate of the head over that of the other layers. `auto`: 0.0025 / lr0 for a new head, else 1. "
+        "External optimizers take it too.",
+        1.0,
+        low=0,
+        ends="()",
+        words=(AUTO,),
+    ),
+    Option(
+        "bn_momentum",
+        float,
+        "Momentum of BatchNorm's running statistics. Without a value the model keeps its own. "
+        "External optimizers take it too.",
+        0.03,
+        low=0,
+        high=1,
+        ends="(]",
+    ),
+    Option("beta2", float, "Decay of h per Hessian update.", 0.99, low=0, high=1, ends="[)"),
+)
+"""Sophia's own arguments. The defaults are those of arXiv 2305.14342 and its code."""
+
+ULTRALYTICS_ARGS: Mapping[str, Option] = _by_name(
+    # `auto` is valid in a preset only: Ultralytics takes numbers.
+    Option("lr0", float, "Initial learning rate.", low=0, high=1, words=(AUTO,), search=(2e-4, 5e-3)),
+    Option("lrf", float, "Final learning rate over the initial one.", low=0, high=1),
+    Option("momentum", float, "Decay of m per step (beta1).", low=0, high=1, ends="[)"),
+    Option("weight_decay", float, "Decoupled weight decay.", low=0, high=1),
+    Option("warmup_bias_lr", float, "Learning rate of the biases at the start of the warm-up.", low=0, high=1),
+    Option("cos_lr", bool, "Cosine schedule instead of a linear one."),
+    Option("warmup_epochs", float, "Epochs of warm-up.", low=0, ends="[)"),
+)
+"""Ultralytics' arguments that a preset may set, because their defaults are meant for SGD. The ranges are its own."""
+
+ALL: Mapping[str, Option] = MappingProxyType({**OPTIONS, **ULTRALYTICS_ARGS})
+
+RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = MappingProxyType(
+    {"hessian_root": ("hessian_power", MappingProxyType({True: 0.5, False: 1.0}))}
+)
+"""Names of 0.1.0, accepted for one version: the new name, and the new value for each old one."""
+
+
+def keys(kind: str) -> set[str]:
+    """Names of the options that Ultralytics' configuration checks as "fraction", "int" or "bool"."""
+    kinds = {"int": int, "bool": bool}
+    return {name for name, o in OPTIONS.items() if (o.is_fraction if kind == "fraction" else o.kind is kinds[kind])}
+
+
+def renamed(name: str, value: Any) -> tuple[str, Any]:
+    """New name and value of an option under its name of 0.1.0; both as they are for any other name.
+
+    Raises:
+        ValueError: The old option does not have this value.
+    """
+    if name not in RENAMED:
+        return name, value
+    new, values = RENAMED[name]
+    if not isinstance(value, bool) or value not in values:
+        raise ValueError(f"'{name}={value}' is an invalid value; use '{new}', which must be {OPTIONS[new].expected}.")
+    return new, values[value]
+
+
+def suggestion(name: object, known: Iterable[object]) -> str:
+    """` Did you mean 'x'?` for the closest known name, or an empty string."""
+    by_lower = {str(k).lower(): str(k) for k in known}
+    close = get_close_matches(str(name).lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def table() -> str:
+    """The options as a Markdown table, for docs/arguments.md."""
+    rows = ["| argument | values | default | description |", "|---|---|---|---|"]
+    rows += [f"| `{o.name}` | {o.expected} | `{o.default}` | {o.doc} |" for o in OPTIONS.values()]
+    rows += [f"| `{o.name}` | {o.expected} | Ultralytics' | {o.doc} |" for o in ULTRALYTICS_ARGS.values()]
+    return "\n".join(rows) + "\n"
