@@ -32,7 +32,10 @@ def read_value(key: str, text: str) -> Any:
     text = text.strip()
     if "literal_eval" not in smart_value.__code__.co_names and not _is_literal(text):
         return text
-    return parse_key_value_pair(f"{key}={text}")[1]
+    try:
+        return parse_key_value_pair(f"{key}={text}")[1]
+    except Exception:  # 8.4 looks `module.CONSTANT` up, and a module of the user's may do anything then
+        return text
 
 
 def _is_literal(text: str) -> bool:
