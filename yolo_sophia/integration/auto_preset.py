@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from yolo_sophia.integration.measure import count_images
@@ -37,7 +38,7 @@ def optimizer_steps(arguments: Mapping[str, Any]) -> int | None:
     from ultralytics.utils import DEFAULT_CFG_DICT
 
     arguments = {**DEFAULT_CFG_DICT, **arguments}
-    if arguments["time"] or not isinstance(arguments["data"], str):
+    if arguments["time"] or not isinstance(arguments["data"], (str, Path)):
         return None
     try:
         images = count_images(arguments["data"])

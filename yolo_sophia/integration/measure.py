@@ -2,53 +2,112 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+from yolo_sophia.integration import ultralytics_yaml
 
-def count_images(data: str) -> int:
-    """Training images that a data YAML names; 0 where they are not there yet (nothing is downloaded) or not counted.
+ARCHIVES = (".zip", ".tar", ".gz", ".ndjson")
+"""Forms of data that Ultralytics unpacks or converts when it trains."""
 
-    Not counted are those of a YAML of data sets for YOLO-World and YOLOE, where one of them is not in YOLO's format.
+
+def count_images(data: str | Path) -> int:
+    """Training images that a data YAML names, as Ultralytics finds them.
+
+    Returns:
+        Their number; 0 where it is unknown: some are not there yet (nothing is downloaded), or the YAML is one of
+        several data sets for YOLO-World and YOLOE with one that is not in YOLO's format.
 
     Raises:
-        ValueError: There is no such YAML, or it names no training images.
+        ValueError: As `read_data`.
     """
-    from ultralytics.data.utils import DATASETS_DIR, IMG_FORMATS
-
     path, content = read_data(data)
     train = content["train"]
     if isinstance(train, dict):
         return sum(map(count_images, train["yolo_data"])) if list(train) == ["yolo_data"] else 0
+    parts = train if isinstance(train, list) else [train]
+    for root in _roots(path, content):
+        counts = [_images_at(_place(root, part)) for part in parts]
+        if None not in counts:
+            return sum(counts)
+    return 0
+
+
+def _roots(path: Path, content: dict[str, Any]) -> list[Path]:
+    """Folders that the paths of a data YAML may be relative to; Ultralytics 8.3 takes a relative one as the second."""
+    from ultralytics.data.utils import DATASETS_DIR
+
     root = Path(content.get("path") or path.parent)
-    root = root if root.is_absolute() or root.is_dir() else Path(DATASETS_DIR) / root
-    total = 0
-    for part in train if isinstance(train, list) else [train]:
-        place = root / part
-        if place.is_dir():
-            total += sum(file.suffix[1:].lower() in IMG_FORMATS for file in place.rglob("*.*"))
-        elif place.is_file():
-            total += sum(bool(line.strip()) for line in place.read_text(encoding="utf-8").splitlines())
-    return total
+    return [root] if root.is_absolute() else [root, Path(DATASETS_DIR) / root]
 
 
-def read_data(data: str) -> tuple[Path, dict[str, Any]]:
-    """Path and content of a data YAML; nothing is downloaded.
+def _place(root: Path, part: str) -> Path:
+    place = (root / part).resolve()
+    if not place.exists() and part.startswith("../"):
+        return (root / part[3:]).resolve()  # some exporters write ../train for the folder beside the YAML
+    return place
+
+
+def _images_at(place: Path) -> int | None:
+    """Images in a folder, linked folders included, or in a list of files; None where there is neither."""
+    from ultralytics.data.utils import IMG_FORMATS
+
+    if place.is_dir():
+        names = glob.glob(os.path.join(glob.escape(str(place)), "**", "*.*"), recursive=True)
+    elif place.is_file():
+        names = place.read_text(encoding="utf-8-sig", errors="replace").strip().splitlines()
+    else:
+        return None
+    return sum(name.rpartition(".")[-1].lower() in IMG_FORMATS for name in names)
+
+
+def read_data(data: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Path and content of a data YAML, read as Ultralytics reads it; nothing is downloaded.
+
+    Data without a YAML is described in the same form: a folder of classified images, and an address or archive, the
+    content of which is unknown.
 
     Raises:
-        ValueError: There is no such YAML, or it names no training images.
+        ValueError: There is no such file, or it does not name training images.
     """
-    import yaml
-    from ultralytics.utils.checks import check_file
-
+    text = str(data).strip()
     try:
-        path = Path(check_file(data, download=False))
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        content["train"]
-    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
+        if "://" in text or text.lower().endswith(ARCHIVES):
+            return Path(text), {"path": text, "train": "train", "nc": None}
+        path = _data_file(text)
+        if path.is_dir():
+            classes = sorted(place.name for place in path.glob("train/*") if place.is_dir())
+            return path, {"path": str(path.resolve()), "train": "train", "names": classes}
+        content = ultralytics_yaml.load(path)
+        for key, kinds in {"path": (str,), "train": (str, list, dict)}.items():
+            value = content.get(key)
+            listed = value if isinstance(value, list) else []
+            if value is not None and not (isinstance(value, kinds) and all(isinstance(item, str) for item in listed)):
+                raise ValueError(f"{key}={value!r}, expected a path{'' if key == 'path' else ' or a list of paths'}")
+        if not content["train"]:
+            raise ValueError("train is empty, expected a path or a list of paths")
+    except Exception as error:  # a damaged file leads to errors of many kinds
         raise ValueError(f"data={data} is no data YAML with a train entry: {type(error).__name__} {error}") from None
     return path, content
+
+
+def _data_file(text: str) -> Path:
+    """The YAML that Ultralytics would take, or a folder that has none.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    from ultralytics.data.utils import DATASETS_DIR, find_dataset_yaml
+    from ultralytics.utils.checks import check_file
+
+    for folder in (Path(text), Path(DATASETS_DIR) / text):
+        if text and folder.is_dir():
+            return find_dataset_yaml(folder) if any(folder.rglob("*.y*ml")) else folder
+    has_suffix = text.lower().endswith((".yaml", ".yml"))
+    return Path(check_file(text if has_suffix or os.path.isfile(text) else f"{text}.yaml", download=False))
 
 
 def measure_step(model: str, batch: int, size: int, threads: int) -> tuple[float, int, float]:
