@@ -69,11 +69,17 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def panel(title: str, styles: Sequence[Style]) -> tuple[Figure, Axes]:
-    """A panel with title, legend and axes from top to bottom, laid out in inches: the page's fonts are unknown here."""
+def panel(title: str, styles: Sequence[Style], axes: Axes | None = None) -> tuple[Figure, Axes]:
+    """A panel with title, legend and axes from top to bottom, laid out in inches: the page's fonts are unknown here.
+
+    Args:
+        title: Title.
+        styles: The lines of the legend.
+        axes: Axes to turn into the panel; new ones by default.
+    """
     columns = 2 if any(len(style.name) > 11 for style in styles) else 3
     above = 0.34 + PER_LINE * math.ceil(len(styles) / columns)
-    figure = _blank(title, HEIGHT + above, 0.62, 0.48, above)
+    figure, axes = _framed(title, HEIGHT + above, 0.62, 0.48, above, axes)
     handles = [Line2D([], [], **style.line) for style in styles]
     names = [plain(short(style.name)) for style in styles]
     top = 1 - 0.25 / figure.get_figheight()
@@ -81,15 +87,14 @@ def panel(title: str, styles: Sequence[Style]) -> tuple[Figure, Axes]:
         handles, names, loc="upper left", bbox_to_anchor=(0.06 / WIDTH, top), ncols=columns, frameon=False,
         fontsize=8.5, labelcolor=INK, handlelength=3, columnspacing=1.2, labelspacing=0.25, borderaxespad=0,
     )  # fmt: skip
-    return figure, figure.axes[0]
+    return figure, axes
 
 
-def row_panel(title: str, names: Sequence[str]) -> tuple[Figure, Axes]:
-    """A panel with a row per name."""
+def row_panel(title: str, names: Sequence[str], axes: Axes | None = None) -> tuple[Figure, Axes]:
+    """A panel with a row per name, the first on top."""
     names = [short(name) for name in names]
     left = 0.25 + 0.072 * max((len(name) for name in names), default=0)
-    figure = _blank(title, 0.9 + 0.3 * max(len(names), 2), left, 0.48, 0.36)
-    axes = figure.axes[0]
+    figure, axes = _framed(title, 0.9 + 0.3 * max(len(names), 2), left, 0.48, 0.36, axes)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
     axes.set_yticklabels(map(plain, names), color=INK)
@@ -98,21 +103,24 @@ def row_panel(title: str, names: Sequence[str]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _blank(title: str, height: float, left: float, bottom: float, above: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height))
+def _framed(
+    title: str, height: float, left: float, bottom: float, above: float, axes: Axes | None
+) -> tuple[Figure, Axes]:
+    axes = axes or Figure().add_axes((0, 0, 1, 1))
+    figure = axes.get_figure()
+    figure.set_size_inches(WIDTH, height)
     figure.text(0.06 / WIDTH, 1 - 0.06 / height, plain(title), va="top", fontsize=9.5, color=INK,
                 fontweight="bold")  # fmt: skip
-    box = (left / WIDTH, bottom / height, 1 - (left + 0.14) / WIDTH, 1 - (bottom + above) / height)
-    axes = figure.add_axes(box)
+    axes.set_position((left / WIDTH, bottom / height, 1 - (left + 0.14) / WIDTH, 1 - (bottom + above) / height))
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.spines[["left", "bottom"]].set(color=MUTED, linewidth=0.8)
     axes.tick_params(colors=MUTED, labelsize=8.5, length=3)
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.xaxis.label.set(color=MUTED, fontsize=8.5)
     axes.yaxis.label.set(color=MUTED, fontsize=8.5)
-    return figure
+    return figure, axes
 
 
 def picture(name: str, figure: Figure, alt: str) -> Picture:

@@ -1,6 +1,6 @@
-"""The report of a study: what was found, figures, every trial, and the files to train with.
+"""The report of a study: the best settings, figures, every trial, and the files to train with.
 
-The rule: as a comparison's report: it is written whatever the state of the trials, and hides none.
+It is written whatever the state of the trials.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.report.document import Block, Code, Document, Fold, Gallery, Section, Table, Text
 from yolo_sophia.report.figure_style import picture
-from yolo_sophia.report.formatting import DASH, count, duration, scalar
+from yolo_sophia.report.formatting import DASH, count, decimal, duration, scalar
+from yolo_sophia.report.provenance import facts_table
 from yolo_sophia.report.render import write_document
-from yolo_sophia.runs import environment as machine
 from yolo_sophia.runs.run import data_name
 from yolo_sophia.search_space import Range
 from yolo_sophia.tune import figures
@@ -26,11 +25,11 @@ from yolo_sophia.tune.view import Trial, View
 CSV = "trials.csv"
 READING = (
     "Score: the last mAP50-95 of a training, the mean over seeds and data sets where there are several. The best of "
-    "many trials flatters itself: it was chosen on these validation images and with these seeds. Confirm it with "
-    "yolo-sophia compare, whose default seeds took no part here.",
-    "Pruned: stopped as its score fell behind that of the other trials at the same epoch; its mark is the last score.",
+    "many trials is too optimistic, because it was chosen on these validation images and with these seeds. Confirm it "
+    "with yolo-sophia compare, whose default seeds are different.",
+    "Pruned: stopped because its score fell behind the other trials at the same epoch; its mark is the last score.",
     "Importance (PED-ANOVA): how much an argument alone separates the best tenth of the finished trials from all of "
-    "them. It says nothing of directions, and little where few trials have finished.",
+    "them. It has no direction, and few finished trials give a rough value.",
 )
 
 
@@ -49,7 +48,7 @@ def write_report(view: View) -> Path:
 
 
 def compose(view: View) -> Document:
-    """Put the report together."""
+    """Render all sections."""
     plan = view.plan
     names = ", ".join(map(data_name, plan.data))
     parts = [
@@ -57,7 +56,7 @@ def compose(view: View) -> Document:
         Section("figures", "What the trials show", _figures(view)),
         Section("trials", "Trials", _trials(view)),
         Section("space", "Space and settings", _space(view)),
-        Section("setup", "Versions and hardware", _setup()),
+        Section("setup", "Versions and hardware", [facts_table()]),
         Section("plan", "Plan", [Code(plan_yaml(plan), "Saved as plan.yaml: yolo-sophia tune plan=plan.yaml")]),
         Section("reading", "How to read this", [Text(text) for text in READING]),
     ]
@@ -75,18 +74,18 @@ def _best(view: View) -> list[Block]:
     left = plan.trials - len(view.trials) + len(view.having("running"))
     blocks: list[Block] = []
     if left > 0:
-        blocks.append(Text(f"Not complete: {left} of {count(plan.trials, 'trial')} to come.", "warning"))
+        blocks.append(Text(f"Incomplete: {left} of {count(plan.trials, 'trial')} have not ended.", "warning"))
     if best is None:
         return [*blocks, Text("No trial has finished yet: there is nothing to recommend.", "warning")]
     words = ", ".join(f"{key} {scalar(value)}" for key, value in best.settings.items())
     text = f"Trial {best.number} has the best mAP50-95, {best.value:.4f}: {words}."
     if view.start is best:
-        text += " These are the optimizer's own settings: no other trial did better."
+        text += " These are the optimizer's own settings; no other trial was better."
     elif view.start is not None:
         text += f" The optimizer's own settings had {view.start.value:.4f} (trial {view.start.number})."
     blocks.append(Text(text))
     if len(plan.seeds) == 1:
-        blocks.append(Text("One seed: differences of a few thousandths may be luck.", "note"))
+        blocks.append(Text("One seed: differences of a few thousandths may be noise.", "note"))
     if edges := _at_an_edge(view, best):
         blocks.append(Text(f"At the edge of the space: {', '.join(edges)}. Better values may lie beyond.", "warning"))
     blocks.append(Code(view.outcome.command, "Train with it"))
@@ -106,22 +105,22 @@ def _at_an_edge(view: View, best: Trial) -> list[str]:
 def _figures(view: View) -> list[Block]:
     if view.best is None:
         return []
-    best, trials = view.best, view.trials
+    best = view.best
     words = f"The best is trial {best.number} with {best.value:.4f}."
     shown = [
-        picture("history", figures.history(trials, best), f"Scores of {count(len(trials), 'trial')}. {words}"),
-        picture("curves", figures.curves(trials, best, view.start), f"Scores after each epoch. {words}"),
+        picture("history", figures.history(view), f"Scores of {count(len(view.trials), 'trial')}. {words}"),
+        picture("curves", figures.curves(view), f"Scores after each epoch. {words}"),
     ]
     if view.importance:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in view.importance.items())
-        shown.append(picture("importance", figures.importance(view.importance), f"Importance: {shares}."))
+        shown.append(picture("importance", figures.importance(view), f"Importance: {shares}."))
     slices = [
-        picture(f"slice-{key}", figures.slices(key, dimension, trials, best), f"Scores over {key}. {words}")
+        picture(f"slice-{key}", figures.slices(view, key, dimension), f"Scores over {key}. {words}")
         for key, dimension in view.plan.space.items()
     ]
     blocks: list[Block] = [Gallery(shown), Gallery(slices, "One panel per argument: scores over its values.")]
     if not view.importance:
-        blocks.append(Text("Too few finished trials, or all alike: no importances.", "note"))
+        blocks.append(Text("No importances: too few finished trials, or all have the same score.", "note"))
     return blocks
 
 
@@ -130,17 +129,15 @@ def _trials(view: View) -> list[Block]:
     rows = []
     for trial in sorted(view.trials, key=lambda t: (t.value is None, -(t.value or 0), t.number)):
         cells = [scalar(trial.settings[key]) if key in trial.settings else DASH for key in keys]
-        score = figures.score_of(trial)
-        shown = DASH if score != score else f"{score:.4f}"
         state = ("finished", "best") if trial is view.best else trial.state
         epochs = f"{max(trial.curve, default=0)} of {view.plan.trial_epochs}"
-        rows.append([str(trial.number), state, shown, *cells, epochs, duration(trial.seconds)])
+        rows.append([str(trial.number), state, decimal(trial.score, 4), *cells, epochs, duration(trial.seconds)])
     head = ["trial", "state", "mAP50-95", *keys, "epochs", "time"]
     blocks: list[Block] = [
         Text(f"{len(trials)} {state}.") for state in ("failed", "running") if (trials := view.having(state))
     ]
     blocks += [Code(t.note, f"Trial {t.number} failed. Last lines of its log") for t in view.having("failed")]
-    return [*blocks, Table("Every trial, the best first; of a pruned one the last score", head, rows)]
+    return [*blocks, Table("Every trial, the best first; for a pruned trial the last score", head, rows)]
 
 
 def _space(view: View) -> list[Block]:
@@ -152,13 +149,6 @@ def _space(view: View) -> list[Block]:
         space,
         Fold("What every trial has in common", [Table("Given", ["argument", "value"], fixed, numbers=False)]),
     ]
-
-
-def _setup() -> list[Block]:
-    facts = {"report written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}
-    facts |= {f"commit of {name}": commit for name, commit in machine.commits().items()}
-    facts |= {f"this machine's {name}": value for name, value in machine.hardware().items()}
-    return [Table("Versions, hardware and date", ["fact", "value"], list(map(list, facts.items())), numbers=False)]
 
 
 def rows_csv(view: View) -> str:

@@ -197,6 +197,11 @@ class SharedStudy:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         return optuna.importance.get_param_importances(self._study, evaluator=evaluator)
 
+    @property
+    def study(self) -> optuna.Study:
+        """Optuna's study."""
+        return self._study
+
 
 ENOUGH = 4
 """Finished trials from which on importances are computed."""

@@ -1,6 +1,6 @@
-"""A study with what has become of it, as plain values for the report and the best settings; Optuna is not needed here.
+"""The state of a study, for its report and the best settings.
 
-The rule: every trial that was begun is counted once, as finished, pruned, failed or running.
+Every trial that was begun is counted once, as finished, pruned, failed or running.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS, STATES
 
 if TYPE_CHECKING:
+    import optuna
+
     from yolo_sophia.tune.study import SharedStudy
 
 
@@ -26,10 +28,10 @@ class Trial:
         number: Its number, from 0.
         state: "finished", "pruned", "failed" or "running".
         value: Its score if it finished: the mean over its trainings of the last mAP50-95.
-        settings: What it searched, as it was trained.
-        curve: What the pruner saw after each epoch, by epoch of the trial.
+        settings: The searched arguments, as trained.
+        curve: The score that the pruner saw after each epoch, by epoch of the trial.
         note: Why it failed.
-        seconds: Wall time from its beginning to its end, interruptions included; None before its end.
+        seconds: Wall time from start to end, interruptions included; None before the end.
     """
 
     number: int
@@ -40,6 +42,11 @@ class Trial:
     note: str = ""
     seconds: float | None = None
 
+    @property
+    def score(self) -> float | None:
+        """The score of a finished trial, or the last one of a pruned trial; None if there is none."""
+        return next(reversed(self.curve.values()), None) if self.state == "pruned" else self.value
+
 
 @dataclass(frozen=True)
 class View:
@@ -47,11 +54,13 @@ class View:
 
     Attributes:
         plan: The plan.
+        study: Optuna's study, for its plots.
         trials: Its trials by number.
-        importance: Share of each argument, the largest first; empty where there is too little to say.
+        importance: Share of each argument, the largest first; empty for too few trials.
     """
 
     plan: TunePlan
+    study: optuna.Study
     trials: tuple[Trial, ...]
     importance: Mapping[str, float]
 
@@ -73,7 +82,7 @@ class View:
                     None if length is None else length.total_seconds(),
                 )
             )
-        return cls(study.plan, tuple(made), study.importance())
+        return cls(study.plan, study.study, tuple(made), study.importance())
 
     def having(self, state: str) -> list[Trial]:
         """Trials in a state."""
@@ -81,13 +90,13 @@ class View:
 
     @cached_property
     def best(self) -> Trial | None:
-        """The finished trial with the largest value; of equals the earlier one."""
+        """The finished trial with the largest value, the earliest of equals."""
         finished = self.having("finished")
         return max(finished, key=lambda trial: (trial.value, -trial.number)) if finished else None
 
     @cached_property
     def start(self) -> Trial | None:
-        """The trial with the optimizer's own settings, where there is one that finished."""
+        """The finished trial with the optimizer's own settings; None without one."""
         complete = self.plan.start.keys() == self.plan.space.keys()
         same = [t for t in self.having("finished") if complete and t.settings == dict(self.plan.start)]
         return same[0] if same else None
