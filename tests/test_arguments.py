@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -691,6 +692,16 @@ def test_check_value_returns_the_kind(key):
 
 def test_whole_numbers_are_numbers():
     assert repr(OPTIONS["rho"].check(1)) == "1.0"
+
+
+def test_the_table_in_the_documentation():
+    """`python scripts/make_tables.py` writes it."""
+    root = preset_directory().parent.parent
+    spec = importlib.util.spec_from_file_location("make_tables", root / "scripts" / "make_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (root / "docs" / "arguments.md").read_text()
+    assert module.with_table(text) == text
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
