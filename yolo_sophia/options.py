@@ -186,7 +186,9 @@ OPTIONS: Mapping[str, Option] = _by_name(
 
 ULTRALYTICS_ARGS: Mapping[str, Option] = _by_name(
     # `auto` is valid in a preset only: Ultralytics takes numbers.
-    Option("lr0", float, "Initial learning rate. `auto` is for presets.", low=0, high=1, words=(AUTO,), search=(2e-4, 5e-3)),
+    Option(
+        "lr0", float, "Initial learning rate. `auto` is for presets.", low=0, high=1, words=(AUTO,), search=(2e-4, 5e-3)
+    ),
     Option("lrf", float, "Final learning rate over the initial one.", low=0, high=1),
     Option("momentum", float, "Decay of m per step (beta1).", low=0, high=1, ends="[)"),
     Option("weight_decay", float, "Decoupled weight decay.", low=0, high=1),
