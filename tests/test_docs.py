@@ -106,3 +106,10 @@ def test_arguments_of_commands_exist(line):
     keys = set(re.findall(r"(?:^|\s)(\w+)=", line))
     own = {"compare": COMPARE, "tune": TUNE}.get(line.split()[1], {})
     assert keys <= {*ultralytics.DEFAULT_CFG_DICT, *own}
+
+
+def test_every_page_is_in_the_navigation():
+    """`make docs` fails otherwise, but only where MkDocs is installed."""
+    named = re.findall(r"(\S+\.md)$", (ROOT / ".ci/mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(named) == sorted(pages)

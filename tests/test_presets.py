@@ -1,4 +1,4 @@
-"""Shipped presets: every origin that names a file names one that exists."""
+"""Shipped presets: every origin names a source, and the files that it names exist."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from yolo_sophia.presets import load_preset, preset_names
 
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"\b(?:docs|scripts|tests|configs|patches|yolo_sophia)/[\w./-]*\w")
+SOURCE = re.compile(rf"{NAMED.pattern}|arXiv|official|the paper|Ultralytics'")
 DELETED = re.compile(r"\bcommit [0-9a-f]{7,40}\b")
 
 
@@ -23,7 +24,9 @@ def missing_files(origin: str) -> list[str]:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_origins_resolve(name):
-    missing = {key: missing_files(origin) for key, origin in load_preset(name).origins.items()}
+    origins = load_preset(name).origins
+    assert [key for key, origin in origins.items() if not SOURCE.search(origin)] == []
+    missing = {key: missing_files(origin) for key, origin in origins.items()}
     assert not {key: paths for key, paths in missing.items() if paths}
 
 
