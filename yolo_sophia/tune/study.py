@@ -20,7 +20,9 @@ from typing import Any
 import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.runs.plan import TRIAL_SEED
@@ -125,9 +127,22 @@ class SharedStudy:
 
     @contextmanager
     def _queue(self) -> Iterator[None]:
-        """Let one process of this folder at a time choose its trial."""
-        with FileLock(self._locks / "queue"):
-            yield
+        """Let one process at a time choose its trial, through a lock of the database or beside its file."""
+        url = make_url(self.plan.storage)
+        if url.get_backend_name() == "sqlite":
+            folder = Path(url.database or "").parent / LOCKS / self.plan.study
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "queue"):
+                yield
+            return
+        engine, name = create_engine(url, poolclass=NullPool), {"name": f"yolo-sophia {self.plan.study}"}
+        with engine.begin() as connection:  # a lock ends with its connection
+            if engine.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), name)
+            elif engine.dialect.name in {"mysql", "mariadb"}:
+                connection.execute(text("SELECT GET_LOCK(SHA1(:name), -1)"), name)
+            with FileLock(self._locks / "queue"):
+                yield
 
     @property
     def trials(self) -> list[FrozenTrial]:
