@@ -63,15 +63,15 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(autouse=True)
 def _nothing_left_patched():
-    """Every test leaves the state of the seams as it found it."""
+    """Every test leaves the patches as it found them."""
     from yolo_sophia import installed
-    from yolo_sophia.integration.patches import LEDGER
+    from yolo_sophia.integration.patches import PATCHES
 
-    before = installed(), {(id(r.owner), r.name) for r in LEDGER.replaced}
+    before = installed(), {(id(r.owner), r.name) for r in PATCHES.replaced}
     yield
-    after = installed(), {(id(r.owner), r.name) for r in LEDGER.replaced}
+    after = installed(), {(id(r.owner), r.name) for r in PATCHES.replaced}
     assert after[0] == before[0], "the test changed whether the hooks are installed"
-    assert before[1] <= after[1], "the test took seams away and did not bring them back"
+    assert before[1] <= after[1], "the test removed patches and did not apply them again"
 
 
 @pytest.fixture(scope="session")

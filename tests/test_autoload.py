@@ -1,10 +1,11 @@
-"""How plain `yolo` reaches the package: entry points, interpreter start, orders of install and import, moved seams.
+"""How plain `yolo` reaches the package: entry points, interpreter start, orders of install and import, misfits.
 
 Functions named `child_*` run in fresh interpreters (fixture `fresh`), where torch is there and Ultralytics is not.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from yolo_sophia.integration.contract import CONTRACT, MODULES, find
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
 
@@ -45,10 +48,12 @@ def autoload_now() -> None:
     exec(PTH.read_text())
 
 
-def import_seams() -> tuple[types.ModuleType, ...]:
+def import_targets() -> tuple[types.ModuleType, ...]:
     import ultralytics.cfg
+    import ultralytics.engine.model
     import ultralytics.engine.trainer
     import ultralytics.engine.tuner
+    import ultralytics.nn.tasks
     import ultralytics.utils
 
     return ultralytics.utils, ultralytics.cfg, ultralytics.engine.trainer, ultralytics.engine.tuner
@@ -198,6 +203,7 @@ def test_line_takes_nothing_from_the_current_directory(way, python, tmp_path):
 # Orders of install, import and uninstall ------------------------------------------------------------------------------
 
 
+RELOADED = ("engine.trainer", "engine.tuner", "engine.model", "nn.tasks", "cfg", "utils")
 ORDERS = [
     "autoload import",
     "autoload autoload import",
@@ -224,6 +230,14 @@ ORDERS = [
     "import uninstall install",
     "uninstall import",
     "uninstall install import",
+    *(f"autoload import reload:{name}" for name in RELOADED),
+    *(f"import install reload:{name} install" for name in RELOADED[:2]),
+    *(f"install import unhook reload:{name} install" for name in RELOADED),
+    "autoload import forget import",
+    "install import forget install import",
+    "install import unhook forget import install",
+    "autoload import forget import uninstall",
+    "autoload import forget import forget import uninstall install",
 ]
 
 
@@ -259,23 +273,26 @@ def child_order(order: str) -> dict[str, Any]:
     originals = None
     for step in order.split():
         if step == "import":
-            import_seams()
+            import_targets()
             if not autoload.installed():
                 originals = everything()
         elif step == "utils":
             import ultralytics.utils  # noqa: F401
         elif step == "autoload":
             autoload_now()
+        elif step.startswith("reload:"):
+            importlib.reload(sys.modules[f"ultralytics.{step.partition(':')[2]}"])
+            originals = None
+        elif step == "forget":  # as a notebook does before it imports another version
+            for name in [name for name in sys.modules if name.partition(".")[0] == "ultralytics"]:
+                del sys.modules[name]
+            originals = None
+        elif step == "unhook":  # a reload that the hooks do not see
+            sys.meta_path[:] = [f for f in sys.meta_path if f is not autoload._PostImportFinder]
         else:
             getattr(autoload, step)()
-    utils, cfg, trainer, tuner = import_seams()
-    functions = [
-        trainer.BaseTrainer.check_resume,
-        trainer.BaseTrainer.build_optimizer,
-        trainer.convert_optimizer_state_dict_to_fp16,
-        trainer.strip_optimizer,
-        tuner.Tuner.__init__,
-    ]
+    utils, cfg, _, tuner = import_targets()
+    functions = [find(symbol.place) for symbol in CONTRACT if symbol.use == "patched"]
     report: dict[str, Any] = {
         "installed": autoload.installed(),
         "wrapped": [hasattr(f, "__wrapped__") for f in functions],
@@ -306,37 +323,78 @@ def test_order(order, fresh, plain):
     switches = [step for step in order.split() if step in {"autoload", "install", "uninstall"}]
     on = switches[-1] != "uninstall"
     assert report["installed"] == on
-    assert report["wrapped"] == [on] * 5
+    assert set(report["wrapped"]) == {on} and len(report["wrapped"]) >= 10
     assert not report["wrapped twice"]
     assert report["keys"] == [on] * 6
     # uninstall() follows: nothing of ours may be left, and the very objects of before are back.
     assert not report["hooks left"]
+    for name in [name for name in report["after"] if name.startswith("ultralytics.utils.patches._")]:
+        del report["after"][name]  # functions of other packages: a second import finds Ultralytics' replacements
     assert {k: (v, plain.get(k)) for k, v in report["after"].items() if plain.get(k) != v} == {}
-    assert plain.keys() == report["after"].keys()
+    assert {name for name in plain if not name.startswith("ultralytics.utils.patches._")} == report["after"].keys()
     assert report.get("changed", []) == []
-    assert ("changed" in report) == (order.split("import")[0].split()[-1:] in ([], ["uninstall"]))
+    if not re.search("reload|forget", order):
+        assert ("changed" in report) == (order.split("import")[0].split()[-1:] in ([], ["uninstall"]))
 
 
-def test_the_watch_sees_our_seams(fresh, plain):
+def child_installed_after(name: str) -> list[bool]:
+    """What `installed` says after a reload that the hooks did not see, and after `install`."""
+    from yolo_sophia import autoload
+
+    autoload.install()
+    import_targets()
+    said = [autoload.installed()]
+    hooks = list(sys.meta_path)
+    sys.meta_path[:] = [finder for finder in hooks if finder is not autoload._PostImportFinder]
+    importlib.reload(sys.modules[name])
+    sys.meta_path[:] = hooks
+    said.append(autoload.installed())
+    autoload.install()
+    return [*said, autoload.installed()]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_installed_is_true_of_the_modules_that_are_there(name, fresh):
+    assert fresh(child_installed_after, name) == [True, False, True]
+
+
+def child_train_after_a_second_import(run: dict[str, Any]) -> str:
+    """Train, import Ultralytics again, and train."""
+    import torch
+
+    from yolo_sophia import autoload
+
+    autoload.install()
+    for name in ("first", "second"):
+        from ultralytics import YOLO
+
+        YOLO(run["model"]).train(**{**run, "name": name, "optimizer": "SophiaG"})
+        for module in [module for module in sys.modules if module.partition(".")[0] == "ultralytics"]:
+            del sys.modules[module]
+    paths = [Path(run["project"], name, "weights", "last.pt") for name in ("first", "second")]
+    first, second = (torch.load(path, weights_only=False)["train_args"] for path in paths)
+    return (
+        "" if {**first, "name": "", "save_dir": ""} == {**second, "name": "", "save_dir": ""} else f"{first} {second}"
+    )
+
+
+def test_training_goes_on_after_a_second_import(fresh, tiny_run):
+    assert fresh(child_train_after_a_second_import, {**tiny_run, "epochs": 1}) == ""
+
+
+def test_the_watch_sees_our_patches(fresh, plain):
     """`looks` and `everything` would notice what they are there to notice."""
     seen = fresh(child_differences, plain)
     assert {
         "DEFAULT_CFG",
-        "ultralytics.utils.DEFAULT_CFG_DICT",
-        "ultralytics.cfg.CFG_FRACTION_KEYS",
-        "ultralytics.cfg.CFG_INT_KEYS",
-        "ultralytics.engine.trainer.BaseTrainer.check_resume",
-        "ultralytics.engine.trainer.BaseTrainer.build_optimizer",
-        "ultralytics.engine.trainer.convert_optimizer_state_dict_to_fp16",
-        "ultralytics.engine.trainer.strip_optimizer",
-        "ultralytics.engine.tuner.Tuner.__init__",
-    } <= set(seen)
+        *(symbol.place for symbol in CONTRACT if symbol.use in {"extended", "patched"}),
+    } - {"ultralytics.utils.DEFAULT_CFG"} <= set(seen)
     assert "ultralytics.utils.torch_utils.convert_optimizer_state_dict_to_fp16" not in seen
 
 
 def child_differences(plain: dict[str, str]) -> list[str]:
     autoload_now()
-    utils = import_seams()[0]
+    utils = import_targets()[0]
     now = {name: looks(value) for name, value in everything().items()} | {"DEFAULT_CFG": looks(vars(utils.DEFAULT_CFG))}
     return [name for name in plain if now.get(name) != plain[name]]
 
@@ -361,7 +419,7 @@ def child_keys_of_ultralytics() -> list[Any]:
     """An Ultralytics that has a key by one of our names."""
     from yolo_sophia import autoload
 
-    utils = import_seams()[0]
+    utils = import_targets()[0]
     utils.DEFAULT_CFG_DICT["rho"] = 7.0
     autoload.install()
     between = utils.DEFAULT_CFG_DICT["rho"]
@@ -373,7 +431,7 @@ def test_a_key_that_ultralytics_has_stays_its_own(fresh):
     assert fresh(child_keys_of_ultralytics) == [7.0, 7.0, False]
 
 
-# Versions and seams that do not fit -----------------------------------------------------------------------------------
+# Versions and symbols that do not fit ---------------------------------------------------------------------------------
 
 
 def version_9() -> None:
@@ -383,19 +441,19 @@ def version_9() -> None:
 
 
 def renamed_parameter() -> None:
-    trainer = import_seams()[2].BaseTrainer
+    trainer = import_targets()[2].BaseTrainer
     original = trainer.build_optimizer
     trainer.build_optimizer = lambda self, **settings: original(self, **settings)
 
 
 def renamed_check() -> None:
-    trainer = import_seams()[2].BaseTrainer
+    trainer = import_targets()[2].BaseTrainer
     original = trainer.check_resume
     trainer.check_resume = lambda self, asked: original(self, asked)
 
 
 def gone_function() -> None:
-    trainer = import_seams()[2]
+    trainer = import_targets()[2]
     trainer.halve = trainer.convert_optimizer_state_dict_to_fp16
     del trainer.convert_optimizer_state_dict_to_fp16
 
@@ -403,12 +461,12 @@ def gone_function() -> None:
 def gone_default() -> None:
     import ultralytics.models.yolo.detect  # noqa: F401 - has its own reference, as all that is imported before
 
-    utils = import_seams()[0]
+    utils = import_targets()[0]
     del utils.DEFAULT_CFG
 
 
 def gone_tuner() -> None:
-    tuner = import_seams()[3]
+    tuner = import_targets()[3]
     del tuner.Tuner
 
 
@@ -419,7 +477,7 @@ def child_misfit(change: Any, run: dict[str, Any], train: bool) -> dict[str, Any
     report: dict[str, Any] = {}
     change()
     autoload_now()  # nothing may be raised by this, nor by an import under it
-    utils, cfg, *_ = import_seams()
+    utils, cfg, *_ = import_targets()
     try:
         autoload.install()
     except RuntimeError as error:

@@ -41,7 +41,7 @@ def test_the_installed_ultralytics_passes(python):
 
 
 @pytest.mark.slow
-def test_a_moved_seam_is_named(python, tmp_path):
+def test_a_changed_function_is_named(python, tmp_path):
     """As in a new Ultralytics whose `build_optimizer` takes something else; its own trainings still work."""
     (tmp_path / "sitecustomize.py").write_text(MOVED)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -52,7 +52,7 @@ def test_a_moved_seam_is_named(python, tmp_path):
     moved = (
         "ultralytics.engine.trainer.BaseTrainer.build_optimizer takes ('self', 'network', 'model', 'kwargs'), expected "
     )
-    assert rows["seams"][0] == "failed" and moved in rows["seams"][1]
+    assert rows["patches"][0] == "failed" and moved in rows["patches"][1]
     assert rows["training"][0] == "failed"
     assert {rows[name][0] for name in ("curvature", "results.csv", "sophia.png", "resume")} == {"not run"}
     assert rows["other optimizer"][0] == "ok"
@@ -67,11 +67,11 @@ def answers_of(monkeypatch, child) -> list[Answer]:
 def test_a_process_that_dies_says_what_it_said_last(monkeypatch):
     def child(command, **_):
         with open(f"{command[-1]}/{tried.ANSWERS}", "w") as file:
-            file.write('{"question": "seams", "result": "ok", "found": "x"}\n')
+            file.write('{"question": "patches", "result": "ok", "found": "x"}\n')
         return SimpleNamespace(returncode=-11, stdout=b"a line\nthe last one\n")
 
-    seams, training, *others = answers_of(monkeypatch, child)
-    assert seams.result == "ok"
+    patches, training, *others = answers_of(monkeypatch, child)
+    assert patches.result == "ok"
     assert (training.question, training.result) == ("training", "failed")
     assert training.found == "the process ended with exit code -11; it said last: the last one"
     assert {answer.result for answer in others} == {"not run"} and len(others) == len(QUESTIONS) - 2

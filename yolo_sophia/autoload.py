@@ -1,12 +1,15 @@
 """How plain `yolo` reaches this package: post-import hooks, set by one `.pth` line at interpreter start.
 
-The rule: nothing but the hooks happens until Ultralytics is imported by somebody else; torch and ultralytics are not
-imported from here. `YOLO_SOPHIA_AUTOLOAD=0` keeps even the hooks away. `install` and `uninstall` do the same by hand,
-also in a live process (a notebook after `!pip install`) where the `.pth` line has not run.
+Nothing but the hooks happens until Ultralytics is imported by other code; torch and ultralytics are not imported from
+here. `YOLO_SOPHIA_AUTOLOAD=0` keeps even the hooks away. `install` and `uninstall` do the same by hand, also in a
+running process (a notebook after `!pip install`) where the `.pth` line has not run.
 """
 
 import os
 import sys
+
+SWITCH = "YOLO_SOPHIA_AUTOLOAD"
+"""Environment variable; with 0 the `.pth` line does nothing."""
 
 TARGETS = (
     "ultralytics.utils",
@@ -16,11 +19,14 @@ TARGETS = (
     "ultralytics.engine.trainer",
     "ultralytics.engine.tuner",
 )
-"""Modules with seams; each is patched right after its own code has run."""
+"""Modules that are patched, each right after its own code has run."""
+
+started_at_start = False
+"""Whether the hooks were set at interpreter start, as they will be in child processes."""
 
 
 class _PostImportFinder:
-    """Finds the target modules as the other finders do, and patches each once it is loaded."""
+    """Finds the target modules as the other finders do, and patches each once its code has run."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -38,56 +44,74 @@ class _PostImportFinder:
 
         def exec_module(module):
             original(module)
-            if _PostImportFinder in sys.meta_path:  # uninstalled meanwhile: leave the module alone
-                patch_module(module.__name__)
+            # Not if it was uninstalled meanwhile; the loader of an archive is shared by all of its modules.
+            if hooked() and module.__name__ == name:
+                patch_module(name)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
+def hooked() -> bool:
+    """Whether modules of Ultralytics that are imported from now on will be patched."""
+    return _PostImportFinder in sys.meta_path
+
+
+def _hook() -> None:
+    if not hooked():
+        sys.meta_path.insert(0, _PostImportFinder)
+
+
 def patch_module(name: str) -> None:
-    """Set the seams of one loaded module of Ultralytics; a second call changes nothing.
+    """Patch one loaded module of Ultralytics, unless it is patched; source patches (patches/) call this.
 
     Args:
         name: One of `TARGETS`.
     """
-    from yolo_sophia.integration.patches import LEDGER
+    from yolo_sophia.integration.patches import PATCHES
 
-    LEDGER.patch(name)
+    if name == TARGETS[0]:
+        _hook()  # a tree with a source patch of an older version lacks the calls for later targets
+    PATCHES.patch(name)
 
 
 def start() -> None:
     """Set the post-import hooks, unless `YOLO_SOPHIA_AUTOLOAD` is 0; the `.pth` line calls this."""
-    if os.environ.get("YOLO_SOPHIA_AUTOLOAD", "1") != "0" and _PostImportFinder not in sys.meta_path:
-        sys.meta_path.insert(0, _PostImportFinder)
+    global started_at_start
+    if os.environ.get(SWITCH, "1") != "0":
+        started_at_start = True
+        _hook()
 
 
 def install() -> None:
-    """Make Ultralytics know SophiaG, now and for modules that are imported later; idempotent.
+    """Make SophiaG known to Ultralytics, now and for modules that are imported later; idempotent.
+
+    Modules that were reloaded or imported again since are patched again.
 
     Raises:
-        RuntimeError: The installed Ultralytics is not supported, or moved what this package depends on.
+        RuntimeError: The installed Ultralytics is not supported, or changed what this package depends on.
     """
     import importlib
 
-    if _PostImportFinder not in sys.meta_path:
-        sys.meta_path.insert(0, _PostImportFinder)
+    _hook()
     for name in TARGETS:
         if name in sys.modules:
             importlib.import_module(name)  # waits for another thread that is importing it
             patch_module(name)
-    if seams := sys.modules.get("yolo_sophia.integration.patches"):
-        seams.LEDGER.require_sound()
+    if patches := sys.modules.get("yolo_sophia.integration.patches"):
+        patches.PATCHES.require_supported()
 
 
 def uninstall() -> None:
-    """Give Ultralytics every attribute back that was replaced, and remove the hooks; idempotent."""
-    if _PostImportFinder in sys.meta_path:
+    """Restore every attribute of Ultralytics that was replaced, and remove the hooks; idempotent."""
+    if hooked():
         sys.meta_path.remove(_PostImportFinder)
-    if seams := sys.modules.get("yolo_sophia.integration.patches"):
-        seams.LEDGER.restore()
+    if patches := sys.modules.get("yolo_sophia.integration.patches"):
+        patches.PATCHES.restore()
 
 
 def installed() -> bool:
-    """Whether the hooks are set, by the autoload or by `install`."""
-    return _PostImportFinder in sys.meta_path
+    """Whether the loaded modules of Ultralytics are patched, and those that are imported later will be."""
+    loaded = [name for name in TARGETS if name in sys.modules]
+    patches = sys.modules.get("yolo_sophia.integration.patches")
+    return hooked() and all(patches is not None and patches.PATCHES.is_patched(name) for name in loaded)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"yolo-sophia {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    state = commands.add_parser("status", help="print versions, autoload, seams, and where the optimizer comes from")
+    state = commands.add_parser("status", help="print versions, autoload, patches, and where the optimizer comes from")
     state.add_argument("--check", action="store_true", help="also train, in half a minute, to see that all of it works")
     show = commands.add_parser("presets", help="list the presets, or print one: its numbers and their origins")
     show.add_argument("preset", nargs="?", help="name of a preset or path of a YAML file")
@@ -92,7 +92,7 @@ def _with_words(name: str, words: Sequence[str]) -> int:
 
 
 def status(check: bool = False) -> int:
-    """Print versions, the state of the autoload and of every seam; 1 where something does not fit.
+    """Print versions, the state of the autoload and of every patch; 1 where something does not fit.
 
     Args:
         check: Whether to try the installed Ultralytics with tiny trainings as well.
@@ -105,10 +105,10 @@ def status(check: bool = False) -> int:
     if not versions["ultralytics"]:
         return 1
     from yolo_sophia.integration import smoke_test as tried
-    from yolo_sophia.integration.status import seam_report
+    from yolo_sophia.integration.status import patch_report
     from yolo_sophia.presets import preset_directory, preset_names
 
-    lines, problems = seam_report()
+    lines, problems = patch_report()
     print("\n".join(lines))
     for problem in problems:
         print(f"PROBLEM: {problem}")

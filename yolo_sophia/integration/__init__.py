@@ -1,1 +1,1 @@
-"""The only folder that imports ultralytics: seams, arguments, and the work done in its training loop."""
+"""The only folder that imports ultralytics: patches, arguments, and the work done in its training loop."""

@@ -24,8 +24,6 @@ ULTRALYTICS_OPTIMIZERS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "R
 """Ultralytics' own; the list is inside BaseTrainer.build_optimizer, without MuSGD before 8.4."""
 
 SOPHIA_KEYS = (*OPTIONS, "sophia", MARKER)
-KEEP_FLOAT32 = "keep_float32"
-"""Key of the parameter groups of optimizers built here: their state is saved as it is."""
 OUR_KEYS = (*SOPHIA_KEYS, *RENAMED, external_optimizer.ARGUMENTS)
 KNOWN_KEYS = frozenset((*ALL, "sophia"))
 """What a record of explicit arguments can hold."""

@@ -10,9 +10,9 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_sophia.curvature import ESTIMATORS, Hutchinson
-from yolo_sophia.integration.arguments import KEEP_FLOAT32, canonical_optimizer
+from yolo_sophia.integration.arguments import canonical_optimizer
 from yolo_sophia.integration.auto_lr import factor_for, is_new
-from yolo_sophia.integration.checkpoints import reworded
+from yolo_sophia.integration.checkpoints import KEEP_FLOAT32, reworded
 from yolo_sophia.integration.external_optimizer import build_dotted
 from yolo_sophia.integration.modules import head_of, is_compiled, unwrap
 from yolo_sophia.integration.resolution import decide, save_arguments

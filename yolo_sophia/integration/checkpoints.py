@@ -23,6 +23,12 @@ from ultralytics.utils import LOGGER
 
 from yolo_sophia.atomic import flush_to_disk, replace_with_retry
 
+KEEP_FLOAT32 = "keep_float32"
+"""Key of the parameter groups of optimizers built here: their state is saved as it is."""
+
+SOPHIA_STATE = {"step", "exp_avg", "hessian", "hessian_updates"}
+"""State that the optimizers of this package keep for a parameter, and no other optimizer does."""
+
 STAGING = ".partial"
 """How the names of staging folders begin."""
 
@@ -85,6 +91,25 @@ def save_atomically(trainer: Any, save: Callable[[], Any]) -> Any:
             return save()
         finally:
             vars(trainer).update(paths)
+
+
+def convert_others(convert: Callable[[dict], dict], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Call Ultralytics' `convert_optimizer_state_dict_to_fp16` on all state except that of our optimizers.
+
+    Most values of h are below the range of float16. Our optimizers are known by the state that they keep for a
+    parameter, whoever made them or wraps them; other optimizers that were built here are marked in their groups.
+    """
+    if any(KEEP_FLOAT32 in group for group in state_dict["param_groups"]):
+        return state_dict
+    others = {key: state for key, state in state_dict["state"].items() if not _is_ours(state)}
+    if len(others) < len(state_dict["state"]):
+        convert({**state_dict, "state": others})  # in place
+        return state_dict
+    return convert(state_dict)
+
+
+def _is_ours(state: Any) -> bool:
+    return isinstance(state, dict) and state.keys() >= SOPHIA_STATE
 
 
 def final_eval_atomically(final_eval: Callable[[], Any]) -> Any:

@@ -1,175 +1,44 @@
-"""The ledger of what is replaced in Ultralytics, and the replacements.
+"""The patches of Ultralytics: how `optimizer=SophiaG` and its arguments reach a training.
 
-The rule: every replacement delegates unless a run asked for Sophia; the ledger keeps the very object it replaced and
-gives it back. A seam that does not look as expected is not touched: the problem is kept, and told to who asks for
-Sophia.
-
-Seams (Ultralytics 8.3.0 to 8.4.190):
-    utils.DEFAULT_CFG_DICT, DEFAULT_CFG     our keys added in place: `python -m ultralytics.cfg.__init__` shares them
-    cfg.CFG_{FRACTION,INT,BOOL}_KEYS       the kinds of our keys
-    cfg.entrypoint, engine.model.Model.train    which arguments the user gave
-    nn.tasks.BaseModel.load                     the class names of the weights
-    engine.trainer.BaseTrainer.__init__, train  its cfg=; what the workers of a multi-GPU run must know
-    engine.trainer.BaseTrainer.check_resume     arguments are validated here, and no directory is made yet
-    engine.trainer.BaseTrainer.build_optimizer  the closed list of optimizers
-    engine.trainer.convert_optimizer_state_dict_to_fp16   would halve h, which is tiny
-    engine.trainer.strip_optimizer              would write last.pt and best.pt in place
-    engine.tuner.Tuner.__init__             its children get every key as if typed
+Every symbol that is replaced is in contract.py, with the reason; patch_set.py replaces and restores them.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import re
 import sys
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from yolo_sophia import options
 from yolo_sophia.integration import arguments, explicit
+from yolo_sophia.integration.children import children_know_us, require_ray_workers
 from yolo_sophia.integration.external_optimizer import OWN, is_dotted
-
-SUPPORTED = "ultralytics>=8.3,<9"
-_SUPPORTED_MAJOR_MINOR = ((8, 3), (9, 0))  # from, below
+from yolo_sophia.integration.patch_set import PatchSet
 
 
-_LOCK = threading.RLock()  # threads may import, install and uninstall at once
+def _keys_for(optimizer: object) -> tuple[str, ...]:
+    """Our arguments that a run with this optimizer may use; none where it is Ultralytics' own.
+
+    Raises:
+        ValueError: It looks like a misspelling of ours.
+    """
+    if optimizer is None:
+        return ()
+    if is_dotted(optimizer):
+        return OWN
+    return arguments.OUR_KEYS if arguments.canonical_optimizer(optimizer) else ()
 
 
-@dataclass(frozen=True)
-class Replaced:
-    """One replaced attribute: `owner.name` was `original` and is `replacement`."""
-
-    owner: Any
-    name: str
-    original: Any
-    replacement: Any
+def _patch_utils(patches: PatchSet, module: ModuleType) -> None:
+    patches.add((module.DEFAULT_CFG_DICT, vars(module.DEFAULT_CFG)), arguments.default_arguments())
 
 
-class Ledger:
-    """Sets the seams of Ultralytics' modules and takes them back."""
-
-    def __init__(self):
-        self.generation = object()
-        self.replaced: list[Replaced] = []
-        self.added: list[tuple[dict[str, Any], tuple[str, ...]]] = []
-        self.problems: list[str] = []
-        self.patched: set[str] = set()
-
-    def patch(self, module_name: str) -> None:
-        """Set the seams of a loaded module, once; what does not fit goes to `problems`."""
-        with _LOCK:
-            if module_name in self.patched:
-                return
-            self._patch(module_name)
-            self.patched.add(module_name)  # last: in another thread, install() is not done before the seams are set
-
-    def _patch(self, module_name: str) -> None:
-        version = getattr(sys.modules.get("ultralytics"), "__version__", "unknown")
-        if (problem := version_problem(version)) and problem not in self.problems:
-            self.problems.append(problem)
-        try:
-            _SEAMS[module_name](self, sys.modules[module_name])
-        except Exception as error:  # Ultralytics must stay importable for who does not ask for Sophia
-            self.problems.append(f"{module_name}: {error}")
-
-    def replace(self, owner: Any, name: str, parameters: tuple[str, ...], make: Callable[[Callable], Callable]) -> bool:
-        """Replace a callable by `make(original)` if its parameters begin as expected; else note a problem."""
-        original = owner.__dict__.get(name)
-        found = tuple(inspect.signature(original).parameters) if callable(original) else None
-        if found is None or found[: len(parameters)] != parameters:
-            place = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__name__}"
-            shown = f"takes {found}" if found else "is gone"
-            self.problems.append(f"{place}.{name} {shown}, expected {parameters}")
-            return False
-        made, generation = make(original), self.generation
-
-        @functools.wraps(original)
-        def replacement(*args, **kwargs):
-            # Somebody who replaced ours holds it, and calls it still when we have taken it back.
-            return (made if self.generation is generation else original)(*args, **kwargs)
-
-        self.set(owner, name, replacement)
-        return True
-
-    def set(self, owner: Any, name: str, replacement: Any) -> None:
-        """Replace an attribute and write it down."""
-        self.replaced.append(Replaced(owner, name, owner.__dict__[name], replacement))
-        setattr(owner, name, replacement)
-
-    def add(self, mapping: dict[str, Any], items: dict[str, Any]) -> None:
-        """Add items to a mapping in place, but none that it has, and write their keys down."""
-        new = {key: value for key, value in items.items() if key not in mapping}
-        mapping.update(new)
-        self.added.append((mapping, tuple(new)))
-
-    def added_keys(self) -> set[str]:
-        """The keys that `add` put anywhere: not those that Ultralytics has itself."""
-        return {key for _, keys in self.added for key in keys}
-
-    def take_keys_back(self) -> None:
-        """Take out of every mapping what `add` put there."""
-        for mapping, keys in self.added:
-            for key in keys:
-                mapping.pop(key, None)
-        self.added = []
-
-    def restore(self) -> None:
-        """Give back every replaced attribute, in reverse order, and take our keys out of the configuration."""
-        with _LOCK:
-            self._restore()
-
-    def _restore(self) -> None:
-        for entry in reversed(self.replaced):
-            if entry.owner.__dict__.get(entry.name) is entry.replacement:
-                setattr(entry.owner, entry.name, entry.original)
-            # Modules that imported the replacement by name hold a copy of the reference.
-            for module in [m for name, m in sys.modules.items() if name.startswith("ultralytics.") and m]:
-                for key in [k for k, v in vars(module).items() if v is entry.replacement]:
-                    setattr(module, key, entry.original)
-        self.take_keys_back()
-        self.__init__()
-
-    def require_sound(self) -> None:
-        """Refuse to go on where a seam did not fit.
-
-        Raises:
-            RuntimeError: The installed Ultralytics is not supported, or moved something.
-        """
-        if self.problems:
-            version = getattr(sys.modules.get("ultralytics"), "__version__", "unknown")
-            raise RuntimeError(
-                f"yolo-sophia does not fit the installed ultralytics {version}: {'; '.join(self.problems)}. Install a "
-                f"supported version (pip install '{SUPPORTED}') or a newer yolo-sophia, or use another optimizer."
-            )
-
-
-LEDGER = Ledger()
-
-
-def version_problem(version: str) -> str | None:
-    """Why this version of Ultralytics is not supported, or None."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    low, high = _SUPPORTED_MAJOR_MINOR
-    if found and low <= (int(found[1]), int(found[2])) < high:
-        return None
-    return f"version {version} is not in the supported range {SUPPORTED}"
-
-
-def _patch_utils(ledger: Ledger, module: ModuleType) -> None:
-    for mapping in (module.DEFAULT_CFG_DICT, vars(module.DEFAULT_CFG)):
-        ledger.add(mapping, arguments.default_arguments())
-
-
-def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
+def _patch_cfg(patches: PatchSet, module: ModuleType) -> None:
     for name, kind in (("CFG_FRACTION_KEYS", "fraction"), ("CFG_INT_KEYS", "int"), ("CFG_BOOL_KEYS", "bool")):
         original = module.__dict__.get(name)
         if isinstance(original, (set, frozenset)):
-            ledger.set(module, name, type(original)(original | (options.keys(kind) & ledger.added_keys())))
+            patches.set(module, name, type(original)(original | (options.keys(kind) & patches.added_keys())))
 
     def entrypoint(original: Callable) -> Callable:
         def wrapper(debug=""):
@@ -179,16 +48,16 @@ def _patch_cfg(ledger: Ledger, module: ModuleType) -> None:
 
         return wrapper
 
-    ledger.replace(module, "entrypoint", ("debug",), entrypoint)
+    patches.replace(module, "entrypoint", entrypoint)
 
 
-def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
+def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
     def check_resume(original: Callable) -> Callable:
         def wrapper(self, overrides):
             original(self, overrides)
-            if arguments.canonical_optimizer(self.args.optimizer) or is_dotted(self.args.optimizer):
-                ledger.require_sound()
-            arguments.finalize(self.args, overrides, ledger.added_keys())
+            if keys := _keys_for(self.args.optimizer):
+                patches.require_supported(keys)
+            arguments.finalize(self.args, overrides, patches.added_keys())
 
         return wrapper
 
@@ -202,7 +71,7 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
             ours = arguments.canonical_optimizer(name) is not None
             if not ours and not is_dotted(name):
                 return original(self, *args, **kwargs)
-            ledger.require_sound()  # again: it may be check_resume that was moved
+            patches.require_supported(_keys_for(name))  # again: it may be check_resume that does not fit
             from yolo_sophia.integration.build import build_other, build_sophia
 
             build = build_sophia if ours else build_other
@@ -212,8 +81,9 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
 
     def convert_optimizer_state_dict_to_fp16(original: Callable) -> Callable:
         def wrapper(state_dict):
-            ours = any(arguments.KEEP_FLOAT32 in group for group in state_dict["param_groups"])
-            return state_dict if ours else original(state_dict)
+            from yolo_sophia.integration.checkpoints import convert_others
+
+            return convert_others(original, state_dict)
 
         return wrapper
 
@@ -234,43 +104,54 @@ def _patch_trainer(ledger: Ledger, module: ModuleType) -> None:
 
     def train(original: Callable) -> Callable:
         def wrapper(self, *args, **kwargs):
-            if arguments.canonical_optimizer(self.args.optimizer) is None:
+            if not _keys_for(self.args.optimizer):
                 return original(self, *args, **kwargs)
             from yolo_sophia.integration.provenance import names_for_workers
 
-            with names_for_workers(self.model):
+            with children_know_us(), names_for_workers(self.model):
                 return original(self, *args, **kwargs)
 
         return wrapper
 
     trainer = module.BaseTrainer
-    ledger.replace(trainer, "__init__", ("self", "cfg", "overrides", "_callbacks"), init)
-    ledger.replace(trainer, "train", ("self",), train)
-    if not ledger.replace(trainer, "check_resume", ("self", "overrides"), check_resume):
-        ledger.take_keys_back()  # nobody would take them out of other runs' args.yaml
-    ledger.replace(
-        trainer, "build_optimizer", ("self", "model", "name", "lr", "momentum", "decay", "iterations"), build_optimizer
-    )
-    ledger.replace(
-        module, "convert_optimizer_state_dict_to_fp16", ("state_dict",), convert_optimizer_state_dict_to_fp16
-    )
-    ledger.replace(module, "strip_optimizer", ("f", "s"), strip_optimizer)
+    patches.replace(trainer, "__init__", init)
+    patches.replace(trainer, "train", train)
+    if not patches.replace(trainer, "check_resume", check_resume):
+        patches.remove_keys()  # nobody would take them out of other runs' args.yaml
+    patches.replace(trainer, "build_optimizer", build_optimizer)
+    patches.replace(module, "convert_optimizer_state_dict_to_fp16", convert_optimizer_state_dict_to_fp16)
+    patches.replace(module, "strip_optimizer", strip_optimizer)
 
 
-def _patch_model(ledger: Ledger, module: ModuleType) -> None:
+def _patch_model(patches: PatchSet, module: ModuleType) -> None:
     def train(original: Callable) -> Callable:
         def wrapper(self, trainer=None, **kwargs):
             with explicit.keyword_arguments(kwargs):
                 if isinstance(kwargs.get("data"), (list, tuple)):  # MultiTrainer starts a child for each of them
                     kwargs = arguments.recorded_for_children(kwargs, self.overrides)
+                    if _keys_for(kwargs.get("optimizer", self.overrides.get("optimizer"))):
+                        with children_know_us():
+                            return original(self, trainer, **kwargs)
                 return original(self, trainer, **kwargs)
 
         return wrapper
 
-    ledger.replace(module.Model, "train", ("self", "trainer"), train)
+    def tune(original: Callable) -> Callable:
+        def wrapper(self, use_ray=False, *args, **kwargs):
+            if not use_ray or not _keys_for(kwargs.get("optimizer", self.overrides.get("optimizer"))):
+                return original(self, use_ray, *args, **kwargs)
+            patches.require_supported(arguments.OUR_KEYS)
+            require_ray_workers()
+            with children_know_us():
+                return original(self, use_ray, *args, **kwargs)
+
+        return wrapper
+
+    patches.replace(module.Model, "train", train)
+    patches.replace(module.Model, "tune", tune)
 
 
-def _patch_tasks(ledger: Ledger, module: ModuleType) -> None:
+def _patch_tasks(patches: PatchSet, module: ModuleType) -> None:
     def load(original: Callable) -> Callable:
         def wrapper(self, weights, *args, **kwargs):
             result = original(self, weights, *args, **kwargs)
@@ -281,10 +162,10 @@ def _patch_tasks(ledger: Ledger, module: ModuleType) -> None:
 
         return wrapper
 
-    ledger.replace(module.BaseModel, "load", ("self", "weights"), load)
+    patches.replace(module.BaseModel, "load", load)
 
 
-def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:
+def _patch_tuner(patches: PatchSet, module: ModuleType) -> None:
     def init(original: Callable) -> Callable:
         def wrapper(self, args, *rest, **kwargs):
             asked = args.get("optimizer", "auto")
@@ -296,16 +177,16 @@ def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:
                 record = explicit.Record.of(args, arguments.KNOWN_KEYS)
                 found = explicit.explicit_keys(given, given, record)
                 if record is None:
-                    arguments.refuse_for_others(found & (ledger.added_keys() - theirs), asked)
+                    arguments.refuse_for_others(found & (patches.added_keys() - theirs), asked)
                 else:
-                    arguments.drop_record(args, record, found, ledger.added_keys())
+                    arguments.drop_record(args, record, found, patches.added_keys())
             else:
-                ledger.require_sound()
+                patches.require_supported(arguments.OUR_KEYS)
                 args["optimizer"] = name
                 arguments.set_explicit(args, dict(args))  # before Tuner makes its directory
             original(self, args, *rest, **kwargs)
             if name is None:
-                for key in ledger.added_keys() - theirs:
+                for key in patches.added_keys() - theirs:
                     vars(self.args).pop(key, None)
             else:
                 from yolo_sophia.integration.resolution import start_search
@@ -316,18 +197,35 @@ def _patch_tuner(ledger: Ledger, module: ModuleType) -> None:
 
         return wrapper
 
-    ledger.replace(module.Tuner, "__init__", ("self", "args"), init)
+    def call(original: Callable) -> Callable:
+        def wrapper(self, *args, **kwargs):
+            if not _keys_for(self.args.optimizer):
+                return original(self, *args, **kwargs)
+            with children_know_us():
+                return original(self, *args, **kwargs)
+
+        return wrapper
+
+    patches.replace(module.Tuner, "__init__", init)
+    patches.replace(module.Tuner, "__call__", call)
     # It rounds what it finds for these keys; where it was imported before install(), it has its own reference.
     integer_keys = getattr(sys.modules["ultralytics.cfg"], "CFG_INT_KEYS", None)
     if integer_keys is not None and module.__dict__.get("CFG_INT_KEYS", integer_keys) is not integer_keys:
-        ledger.set(module, "CFG_INT_KEYS", integer_keys)
+        patches.set(module, "CFG_INT_KEYS", integer_keys)
 
 
-_SEAMS: dict[str, Callable[[Ledger, ModuleType], None]] = {
-    "ultralytics.utils": _patch_utils,
-    "ultralytics.cfg": _patch_cfg,
-    "ultralytics.engine.trainer": _patch_trainer,
-    "ultralytics.engine.tuner": _patch_tuner,
-    "ultralytics.engine.model": _patch_model,
-    "ultralytics.nn.tasks": _patch_tasks,
-}
+PATCHES = PatchSet(
+    {
+        "ultralytics.utils": _patch_utils,
+        "ultralytics.cfg": _patch_cfg,
+        "ultralytics.nn.tasks": _patch_tasks,
+        "ultralytics.engine.model": _patch_model,
+        "ultralytics.engine.trainer": _patch_trainer,
+        "ultralytics.engine.tuner": _patch_tuner,
+    }
+)
+
+
+def added_keys() -> set[str]:
+    """The keys that this package added to Ultralytics' configuration: not those that Ultralytics has itself."""
+    return PATCHES.added_keys()

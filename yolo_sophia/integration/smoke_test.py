@@ -131,17 +131,17 @@ class Trials:
         return model.trainer
 
 
-def seams(trials: Trials) -> str:
-    """Every seam has the form it was written against."""
-    from yolo_sophia.integration.patches import LEDGER
-    from yolo_sophia.integration.status import seam_report
+def patches(trials: Trials) -> str:
+    """Every symbol that this package depends on has the expected form."""
+    from yolo_sophia.integration.contract import CONTRACT
+    from yolo_sophia.integration.patches import PATCHES
+    from yolo_sophia.integration.status import patch_report
 
-    _, problems = seam_report()
+    _, problems = patch_report()
     if problems:
         raise ValueError("; ".join(problems))
-    if not autoload.installed():
-        autoload.install()
-    return f"{len(LEDGER.replaced)} attributes replaced"
+    autoload.install()
+    return f"{len(CONTRACT)} symbols as expected, {len(PATCHES.replaced)} attributes replaced"
 
 
 def training(trials: Trials) -> str:
@@ -241,7 +241,7 @@ def other_optimizer(trials: Trials) -> str:
 
 
 QUESTIONS: dict[str, Callable[[Trials], str]] = {
-    "seams": seams,
+    "patches": patches,
     "training": training,
     "curvature": curvature,
     "results.csv": columns,

@@ -1,37 +1,48 @@
-"""What `yolo-sophia status` tells about Ultralytics: every seam, and what does not fit."""
+"""What `yolo-sophia status` reports about Ultralytics: every symbol that this package depends on, and its state."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
 from yolo_sophia import autoload
-from yolo_sophia.integration import arguments
-from yolo_sophia.integration.patches import LEDGER, SUPPORTED
+from yolo_sophia.integration import contract
+from yolo_sophia.integration.patch_set import SUPPORTED
+from yolo_sophia.integration.patches import PATCHES
 
 
-def seam_report() -> tuple[list[str], list[str]]:
-    """Import the modules with seams and say what happened to each.
+def patch_report() -> tuple[list[str], list[str]]:
+    """Import the modules that are patched, and describe the state of each symbol of contract.py.
 
-    Without the hooks, the seams are set for the report and taken back.
+    Without the hooks, the patches are applied for the report and removed again.
 
     Returns:
         Lines to print, and problems; no problems means that optimizer=SophiaG can be used.
     """
     import ultralytics.engine.trainer
-    import ultralytics.engine.tuner  # noqa: F401 - importing is what lets the hooks patch
+    import ultralytics.engine.tuner  # noqa: F401 - the hooks patch what is imported
 
-    by_hand = not autoload.installed()
+    by_hand = not autoload.hooked()
+    for name in autoload.TARGETS:
+        PATCHES.patch(name)
+    replaced = {f"{_place(entry.owner)}.{entry.name}" for entry in PATCHES.replaced}
+    differences = contract.differences()
+    lines = [f"supported: {SUPPORTED}", f"patches{' (as install() would apply them)' if by_hand else ''}:"]
+    lines.append(f"  arguments added: {', '.join(sorted(PATCHES.added_keys()))}")
+    for symbol in contract.CONTRACT:
+        if symbol.place in differences:
+            state = differences[symbol.place]
+        elif symbol.use == "patched":
+            state = "patched" if symbol.place in replaced else "not patched"
+        else:
+            state = symbol.use if contract.find(symbol.place) is not None else "not in this version"
+        lines.append(f"  {symbol.place}{f' ({symbol.attribute})' if symbol.attribute else ''}: {state}")
+    problems = [*PATCHES.problems, *(text for text in differences.values() if text not in PATCHES.problems)]
     if by_hand:
-        for name in autoload.TARGETS:
-            LEDGER.patch(name)
-    lines = [f"supported: {SUPPORTED}", f"seams{' (as install() would set them)' if by_hand else ''}:"]
-    lines.append(f"  ultralytics.utils.DEFAULT_CFG_DICT: {', '.join(arguments.OUR_KEYS)} added")
-    for entry in LEDGER.replaced:
-        place = entry.owner.__name__
-        if not isinstance(entry.owner, ModuleType):
-            place = f"{entry.owner.__module__}.{place}"
-        lines.append(f"  {place}.{entry.name}: replaced")
-    problems = list(LEDGER.problems)
-    if by_hand:
-        LEDGER.restore()
+        PATCHES.restore()
     return lines, problems
+
+
+def _place(owner: object) -> str:
+    if isinstance(owner, ModuleType):
+        return owner.__name__
+    return f"{owner.__module__}.{owner.__name__}"

@@ -1,0 +1,80 @@
+"""Child processes of a training know what this package adds, also where no `.pth` line does it at their start.
+
+Ultralytics starts children for `tune`, for several data sets and for several GPUs. Where this process was patched by
+`install()`, their interpreters have no active `.pth` line: the package is on PYTHONPATH only or in an archive, or
+YOLO_SOPHIA_AUTOLOAD is 0. They get a folder with a `sitecustomize.py` at the front of their PYTHONPATH instead.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from yolo_sophia import autoload
+
+BOOTSTRAP = str(Path(autoload.__file__).parent / "bootstrap")
+
+_LOCK = threading.Lock()
+_active = 0
+_before: dict[str, str | None] = {}
+
+
+def needed() -> bool:
+    """Whether children of this process start without the hooks."""
+    return not autoload.started_at_start or os.environ.get(autoload.SWITCH, "1") == "0"
+
+
+@contextmanager
+def children_know_us() -> Iterator[None]:
+    """While it runs, Python processes that are started set the hooks; other threads may be in it as well."""
+    global _active
+    if not _active and not needed():
+        yield
+        return
+    with _LOCK:
+        if not _active:
+            _before.update({name: os.environ.get(name) for name in ("PYTHONPATH", autoload.SWITCH)})
+            path = os.environ.get("PYTHONPATH")
+            os.environ["PYTHONPATH"] = BOOTSTRAP + (os.pathsep + path if path else "")
+            os.environ[autoload.SWITCH] = "1"
+        _active += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _active -= 1
+            if not _active:
+                for name, value in _before.items():
+                    if value is None:
+                        os.environ.pop(name, None)
+                    else:
+                        os.environ[name] = value
+
+
+def require_ray_workers() -> None:
+    """Refuse `model.tune(use_ray=True)` where its workers would not know the arguments of this package.
+
+    A cluster that is started by the call inherits this process's environment. One that is running does not.
+
+    Raises:
+        RuntimeError: A worker of the running cluster has no hooks.
+    """
+    try:
+        import ray
+    except ImportError:
+        return  # Ultralytics installs it, or names it in its error
+    if not needed() or not ray.is_initialized():
+        return
+    try:
+        has_hooks = ray.get(ray.remote(autoload.installed).remote())
+    except Exception:  # the package is not there, for example
+        has_hooks = False
+    if not has_hooks:
+        raise RuntimeError(
+            "optimizer=SophiaG with use_ray=True: Ray is running already, and its workers start without yolo-sophia. "
+            f"Install yolo-sophia with pip in their environment, without {autoload.SWITCH}=0, or call ray.shutdown() "
+            "before model.tune()."
+        )
