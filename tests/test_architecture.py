@@ -23,6 +23,7 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "yaml_io": set(),
     "presets": {"options", "yaml_io"},
     "autoload": {"integration"},
+    "bootstrap": {"autoload"},
     "shapes": set(),
     "integration": {"options", "atomic", "optim", "curvature", "presets", "autoload", "shapes", "integration"},
     "search_space": set(),

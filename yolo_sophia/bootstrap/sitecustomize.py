@@ -4,6 +4,7 @@ Python imports the first `sitecustomize` on its path at start. This one removes 
 imports the next one, which is the user's.
 """
 
+import importlib
 import os
 import sys
 
@@ -19,7 +20,7 @@ yolo_sophia.autoload.start()
 
 sys.modules.pop("sitecustomize", None)
 try:
-    import sitecustomize  # noqa: F401
+    importlib.import_module("sitecustomize")
 except ImportError as error:
     if error.name != "sitecustomize":
         raise

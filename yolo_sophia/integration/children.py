@@ -8,6 +8,7 @@ YOLO_SOPHIA_AUTOLOAD is 0. They get a folder with a `sitecustomize.py` at the fr
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,11 +63,8 @@ def require_ray_workers() -> None:
     Raises:
         RuntimeError: A worker of the running cluster has no hooks.
     """
-    try:
-        import ray
-    except ImportError:
-        return  # Ultralytics installs it, or names it in its error
-    if not needed() or not ray.is_initialized():
+    ray = sys.modules.get("ray")
+    if ray is None or not needed() or not ray.is_initialized():
         return
     try:
         has_hooks = ray.get(ray.remote(autoload.installed).remote())
