@@ -157,9 +157,7 @@ def test_weights(train, log):
     """Of the second epoch; m and h come back from last.pt (tests/test_session.py compares them)."""
 
     def at_start(trainer):
-        trainer._sophia._bind(
-            trainer.scaler, "scale", at_call(STEPS, lambda scale, loss: scale(loss), lambda loss: spoil(trainer, loss))
-        )
+        trainer.scaler.scale = at_call(STEPS, trainer.scaler.scale, lambda loss: spoil(trainer, loss))
 
     def spoil(trainer: Any, loss: Tensor) -> Tensor:
         trainer.model.get_parameter("model.0.conv.weight").data[0] = math.nan
@@ -255,7 +253,7 @@ def test_data(images, change, batch, train, tmp_path):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("fraction", [1.0, 0.5], ids=["through the graph", "in a pass of its own"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5], ids=["all images", "half of them"])
 def test_out_of_memory_in_a_refresh(fraction, train, log):
     """Of the second epoch, where Ultralytics would give up; batches of 16, a step each."""
     images, estimate = [], None
@@ -265,7 +263,7 @@ def test_out_of_memory_in_a_refresh(fraction, train, log):
         estimate, trainer._sophia.estimator = trainer._sophia.estimator, failing
 
         def see(trainer):
-            images.append(trainer._sophia.staged_images)
+            images.append(trainer._sophia.window.staged_images)
 
         trainer.add_callback("on_hessian_update", see)
 
@@ -286,7 +284,7 @@ def test_out_of_memory_in_a_refresh(fraction, train, log):
     assert images == [begun, 4, 4]
     said = [line for line in log if "out of memory" in line]
     assert said == [
-        f"SophiaG: out of memory in a Hessian refresh on {n} of 16 images; it is skipped, and the next one takes {m}"
+        f"SophiaG: out of memory in a Hessian update on {n} of 16 images; it is skipped, and the next one takes {m}"
         for n, m in ((begun, max(begun // 2, 4)), (max(begun // 2, 4), 4))
     ]
     assert not any("not finite" in line for line in log)

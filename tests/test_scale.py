@@ -100,10 +100,10 @@ class Watched(DetectionTrainer):
         session, raw = self._sophia, self.estimates[-1]
         self.commits.append(
             Commit(
-                index=session.clock["refresh_index"] - 1,
+                index=session.schedule["refresh_index"] - 1,
                 step=len(self.windows),
                 counted=list(self.counted),
-                images=(sum(session.window_batches), session.staged_images),
+                images=(session.window.images, session.window.staged_images),
                 raw=torch.cat(
                     [torch.zeros_like(p).flatten() if e is None else e.flatten() for e, p in zip(raw, self.params)]
                 ),
@@ -301,7 +301,9 @@ def test_first_step_after_resume_has_one_micro_batch(tiny_run):
     resumed.train()
     assert resumed.windows[:2] == [[4], [4] * 4]
     assert check_factors(resumed)[:2] == [1.0, 4.0]
-    assert resumed.commits[0].step == 0 and resumed._sophia.clock["hessian_updates"] == 1 + len(resumed.commits)
+    assert resumed.commits[0].step == 0 and resumed.optimizer.param_groups[0]["hessian_updates"] == 1 + len(
+        resumed.commits
+    )
 
 
 def test_refreshes_are_counted_in_optimizer_steps_and_come_before_the_first(tiny_run):
@@ -356,7 +358,9 @@ class Scaled(Watched):
     def keep(self):
         state = {key: self.state(key) for key in ("exp_avg", "hessian")} if self.optimizer.state else {}
         weights = torch.cat([p.detach().flatten() for p in self.params]).clone()
-        self.left.append({**state, "weights": weights, **self._sophia.clock, "scale": self.scaler.get_scale()})
+        self.left.append(
+            {**state, "weights": weights, **self.optimizer.param_groups[0], "scale": self.scaler.get_scale()}
+        )
 
 
 def test_overflow_discards_the_estimate_and_touches_neither_m_nor_h(tiny_run):
@@ -426,7 +430,7 @@ def test_estimate_that_overflows_is_made_at_a_smaller_scale(tiny_run):
     assert scaled.scales == [2.0**16, 2.0**13, 2.0**10, 2.0**10]
     for a, b in zip(scaled.commits, plain.commits):
         torch.testing.assert_close(a.h, b.h, rtol=1e-3, atol=1e-6 * float(b.h.max()))
-    assert scaled._sophia.clock["hessian_dropped"] == 0
+    assert scaled.optimizer.param_groups[0]["hessian_dropped"] == 0
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float16, 4), (torch.bfloat16, 8)], ids=["fp16-whole", "bf16-part"])
@@ -464,7 +468,7 @@ def test_half_precision(tiny_run, monkeypatch, dtype, batch):
     assert statistics.median(ratios) == pytest.approx(1, abs=0.1 if dtype is torch.float16 else 0.25), ratios
     # No estimate was dropped but for a step that was skipped, which halves the scale.
     skipped = round(16 - math.log2(half.scaler.get_scale())) if half.scaler.is_enabled() else 0
-    assert half._sophia.clock["hessian_dropped"] == skipped == 12 - len(half.windows)
+    assert half.optimizer.param_groups[0]["hessian_dropped"] == skipped == 12 - len(half.windows)
     assert half.scaler.is_enabled() == (skipped > 0) == (dtype is torch.float16)
 
 
@@ -494,7 +498,7 @@ def test_estimate_that_is_not_finite_is_dropped_and_counted(tiny_run, value):
     assert [commit.step for commit in trainer.commits] == [0, 1, 3, 4, 5, 6, 7]
     assert torch.equal(hs[2], hs[1]) and not torch.equal(hs[3], hs[2])
     assert all(h.isfinite().all() for h in hs)
-    clock = trainer._sophia.clock
+    clock = trainer.optimizer.param_groups[0]
     assert (clock["hessian_dropped"], clock["hessian_updates"], clock["refresh_index"]) == (1, 7, 8)
     with trainer.csv.open(newline="") as file:
         rows = [{key.strip(): value for key, value in row.items()} for row in csv.DictReader(file)]

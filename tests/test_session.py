@@ -25,7 +25,7 @@ from ultralytics.utils.patches import torch_load
 
 from yolo_sophia.curvature import Hutchinson
 from yolo_sophia.integration import monitor
-from yolo_sophia.integration import session as training
+from yolo_sophia.integration import window as accumulation
 from yolo_sophia.integration.auto_lr import HEAD, is_new, rate_for
 from yolo_sophia.integration.build import parameter_groups
 from yolo_sophia.optim import SophiaG, SophiaH
@@ -444,9 +444,9 @@ def out_of_memory():
 @pytest.mark.parametrize("where", ["first forward", "second forward"])
 def test_out_of_memory_restart(train, monkeypatch, where):
     counts, optimizers = [], []
-    reduce = training.reduce_over_ranks
+    reduce = accumulation.reduce_over_ranks
     monkeypatch.setattr(
-        training,
+        accumulation,
         "reduce_over_ranks",
         lambda e, window, staged, *rest: counts.append((sum(window), staged)) or reduce(e, window, staged, *rest),
     )

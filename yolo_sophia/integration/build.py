@@ -18,12 +18,9 @@ from yolo_sophia.integration.modules import head_of, is_compiled, unwrap
 from yolo_sophia.integration.resolution import decide, save_arguments
 from yolo_sophia.integration.session import Session
 from yolo_sophia.optim import SophiaG, SophiaH
+from yolo_sophia.optim._schedule import COUNTERS
 from yolo_sophia.optim.base import SophiaBase
 from yolo_sophia.options import AUTO
-
-CLOCK = {"hessian_age": None, "refresh_index": 0, "hessian_updates": 0, "hessian_dropped": 0}
-"""Kept in every parameter group, hence in checkpoints: optimizer steps since h was last updated (None: never),
-estimates drawn (the seed of the next one's noise), committed, and dropped for not being finite."""
 
 
 def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> SophiaBase:
@@ -46,7 +43,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
     knobs = resolved.values
     schedule = {key: knobs[key] for key in ("hessian_interval", "hessian_warmup", "hessian_fraction")}
     groups = parameter_groups(
-        original, call, name, head_factor(trainer, call, knobs["head_lr_factor"], name), **schedule, **CLOCK
+        original, call, name, head_factor(trainer, call, knobs["head_lr_factor"], name), **schedule, **COUNTERS
     )
     save_arguments(trainer)
     settings = dict(

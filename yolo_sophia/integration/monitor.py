@@ -24,7 +24,7 @@ class Monitor:
     """Collects an epoch's figures of one optimizer.
 
     Args:
-        optimizer: Its groups hold the counters of `build.CLOCK`.
+        optimizer: Its groups hold the counters of `_schedule.COUNTERS`.
     """
 
     def __init__(self, optimizer: SophiaBase):
