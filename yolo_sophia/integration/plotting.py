@@ -14,7 +14,7 @@ PANELS = (
     ("gradient and momentum norm", ("grad_norm", "momentum_norm"), True),
     ("curvature norm", ("hessian_norm",), True),
     ("update norm", ("update_norm",), True),
-    ("refresh seconds per epoch", ("refresh_seconds",), False),
+    ("seconds of Hessian updates per epoch", ("refresh_seconds",), False),
 )
 
 
