@@ -20,6 +20,7 @@ from ultralytics.engine.tuner import Tuner
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT
 
+from yolo_sophia.integration import resolution
 from yolo_sophia.integration.arguments import OUR_KEYS, SOPHIA_KEYS, canonical_optimizer, finalize
 from yolo_sophia.integration.explicit import MARKER, keyword_arguments
 from yolo_sophia.integration.resolution import Facts, resolve
@@ -194,6 +195,22 @@ def test_the_default_preset_is_detect_and_its_values_arrive():
     args = decided()
     assert {key: args[key] for key in SCRATCH} == dict(SCRATCH)
     assert (args["sophia"], args[MARKER]) == ("detect-scratch", "detect-scratch:")
+
+
+def test_processes_that_decide_differently_are_refused(monkeypatch):
+    """As with other weights on one of the machines."""
+    monkeypatch.setattr(resolution.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(resolution.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(resolution.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(resolution.dist, "broadcast_object_list", lambda found, src: None)
+    resolution._check_equal_on_ranks({"lr0": 0.001})
+
+    def of_process_0(found: list, src: int) -> None:
+        found[0] = {"lr0": 0.002}
+
+    monkeypatch.setattr(resolution.dist, "broadcast_object_list", of_process_0)
+    with pytest.raises(RuntimeError, match=r"Process 1 .* other settings than process 0: \{'lr0': \(0.002, 0.001\)\}"):
+        resolution._check_equal_on_ranks({"lr0": 0.001})
 
 
 def test_untouched_arguments_stay_ultralytics_own():
