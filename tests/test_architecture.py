@@ -29,8 +29,8 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "search_space": set(),
     "runs": {"options", "atomic", "presets", "yaml_io", "integration", "runs"},
     "report": {"atomic", "runs", "report"},
-    "compare": {"options", "atomic", "presets", "integration", "runs", "report", "search_space", "yaml_io", "compare"},
-    "tune": {"options", "atomic", "presets", "integration", "runs", "report", "search_space", "compare", "tune"},
+    "compare": {"options", "atomic", "presets", "integration", "runs", "report", "search_space", "tune", "compare"},
+    "tune": {"options", "atomic", "presets", "integration", "runs", "report", "search_space", "tune"},
     "cli": {"options", "optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},
     "": {"optim", "autoload", "tune"},  # __init__.py
 }
@@ -76,6 +76,28 @@ def test_imports(path):
             assert room(path) == "integration", f"{path} imports {name}; only integration/ knows Ultralytics"
         elif parts[0] == "torch":
             assert room(path) in {"optim", "curvature", "integration"}, f"{path} imports {name}"
+
+
+def module(path: Path) -> str:
+    parts = ["yolo_sophia", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def test_no_circle_of_imports():
+    """Of modules, those under TYPE_CHECKING and inside functions included; a package may import its own modules."""
+    modules = {module(path): path for path in FILES}
+    edges = {name: imports(path) & modules.keys() - {name} for name, path in modules.items()}
+    checked: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"circle: {' -> '.join([*above[above.index(name) :], name])}"
+        if name not in checked:
+            for other in sorted(edges[name]):
+                visit(other, (*above, name))
+            checked.add(name)
+
+    for name in sorted(modules):
+        visit(name, ())
 
 
 def declared() -> dict[str, set[str]]:

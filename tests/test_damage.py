@@ -25,8 +25,9 @@ from yolo_sophia import atomic, cli
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.plan import build, runs
 from yolo_sophia.optim import SophiaG, SophiaH
-from yolo_sophia.runs import worker
-from yolo_sophia.runs.scheduler import Progress, execute, folder_of, train_one
+from yolo_sophia.runs import scheduler, worker
+from yolo_sophia.runs.local_executor import LocalExecutor
+from yolo_sophia.runs.scheduler import RunQueue, folder_of
 from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, is_whole, read_curve
 
 
@@ -250,11 +251,13 @@ def test_a_run_whose_folder_cannot_be_written_failed_and_the_others_go_on(tiny_d
 
     monkeypatch.setattr("yolo_sophia.runs.scheduler.write_order", write_order)
     monkeypatch.setattr(
-        "yolo_sophia.runs.scheduler.start_worker", lambda *_: subprocess.Popen([sys.executable, "-c", ""])
+        "yolo_sophia.runs.local_executor.start_worker", lambda *_: subprocess.Popen([sys.executable, "-c", ""])
     )
-    board = execute(plan.out, ordered)
-    assert real is os.fsync and [item.state for item in board] == ["failed", "finished"]
-    assert board[0].note == "OSError: [Errno 28] No space left on device"
+    queue = RunQueue(ordered)
+    scheduler.train(plan.out, queue, LocalExecutor())
+    shown = queue.progress()
+    assert real is os.fsync and [item.state for item in shown] == ["failed", "finished"]
+    assert shown[0].note == "OSError: [Errno 28] No space left on device"
 
 
 def test_a_study_whose_data_base_is_full(tiny_data, tiny_model, tmp_path, monkeypatch, capsys):
@@ -267,7 +270,7 @@ def test_a_study_whose_data_base_is_full(tiny_data, tiny_model, tmp_path, monkey
         if limit:
             connection.execute(f"pragma max_page_count={limit['pages']}")
 
-    def run(study: Any, show: Any) -> None:
+    def train_trials(study: Any, *_: Any) -> None:
         limit["pages"] = 1  # SQLite takes the present size then
         study.storage.engine.dispose()
         held = [study.claim() for _ in range(300)]
@@ -275,14 +278,14 @@ def test_a_study_whose_data_base_is_full(tiny_data, tiny_model, tmp_path, monkey
 
     event.listen(Engine, "connect", connect)
     try:
-        monkeypatch.setattr(command, "run", run)
+        monkeypatch.setattr(command, "train_trials", train_trials)
         words = [f"data={tiny_data}", f"model={tiny_model}", f"out={tmp_path / 'out'}", "trials=100000"]
         assert cli.main(["tune", *words]) == 2
     finally:
         event.remove(Engine, "connect", connect)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("yolo-sophia: storage=sqlite:///") and "database or disk is full" in error
-    assert error.endswith("The same command goes on from what is there.")
+    assert error.endswith("Rerun the command to resume.")
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -398,7 +401,6 @@ def test_damage_is_seen(damage, cut, tmp_path):
 
 @pytest.mark.long
 def test_a_run_of_a_comparison_with_a_damaged_checkpoint_begins_anew(tiny_data, tiny_model, tmp_path):
-    import threading
 
     plan = plan_of(tiny_data, tiny_model, tmp_path, optimizers=["SGD"])
     (run,) = runs(plan)
@@ -406,8 +408,9 @@ def test_a_run_of_a_comparison_with_a_damaged_checkpoint_begins_anew(tiny_data, 
     folder.mkdir(parents=True)
     (folder / CHECKPOINT).write_bytes(b"PK damaged")
     (folder / "curve.jsonl").write_text(json.dumps({"epoch": 1, "steps": 99, "images": 1, "seconds": 1.0}) + "\n")
-    item = Progress(run)
-    train_one(plan.out, item, 1, None, threading.Event())
+    queue = RunQueue([run])
+    scheduler.train(plan.out, queue, LocalExecutor())
+    (item,) = queue.progress()
     assert item.state == "finished", item.note
     rows = read_curve(folder)
     assert [row["epoch"] for row in rows] == [1, 2] and [row["steps"] for row in rows] == [4, 8]

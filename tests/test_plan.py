@@ -1,4 +1,4 @@
-"""Plans of a comparison as data: what is read and refused, which runs follow; tuning, the board and the command."""
+"""Plans of a comparison as data: what is read and refused, which runs follow; tuning, the progress and the command."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ultralytics.cfg import merge_equals_args, parse_key_value_pair
 
 from yolo_sophia import cli
 from yolo_sophia.compare.plan import KEYS, Plan, build, parse, plan_yaml, runs
-from yolo_sophia.compare.tuning import choose, halton, settings, trial_runs
+from yolo_sophia.compare.tuning import check_tuning, tune_plans
 from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.runs.progress import duration, eta_seconds
-from yolo_sophia.runs.results import MAP50_95, RunResult
 from yolo_sophia.runs.run import data_name, make_run
 from yolo_sophia.runs.scheduler import Progress, last_lines
-from yolo_sophia.search_space import OTHERS, SPACES, space_of
+from yolo_sophia.runs.worker import write_order
+from yolo_sophia.search_space import SPACES
 from yolo_sophia.tune.plan import parse as tune_parse
 
 BASE = {"data": "sets/bccd/data.yaml", "model": "yolov8n.pt", "optimizers": "SophiaG,AdamW"}
@@ -427,7 +427,7 @@ def test_plan_yaml_reads_back_as_the_same_plan(tmp_path):
     again = from_file(tmp_path, plan_yaml(made), "dry_run=True")
     assert again == made
     assert runs(again) == runs(made)
-    assert trial_runs(again) == trial_runs(made)
+    assert tune_plans(again) == tune_plans(made)
     assert not from_file(tmp_path, plan_yaml(made)).dry_run  # the plan that is kept is one to run
 
 
@@ -442,90 +442,57 @@ def test_the_engine_is_kept_and_the_runs_are_the_same(tmp_path):
 # Tuning ---------------------------------------------------------------------------------------------------------------
 
 
-def test_halton():
-    assert [halton(i, 2) for i in range(1, 8)] == [1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8, 7 / 8]
-    assert [halton(i, 3) for i in range(1, 6)] == pytest.approx([1 / 3, 2 / 3, 1 / 9, 4 / 9, 7 / 9])
-
-
-def test_settings():
-    arm = plan(optimizers="SophiaG").arms[0]
-    first, second, third = settings(arm, 3)
-    assert first == {}
-    assert second == {"lr0": 0.001, "rho": 0.04642}  # half and a third of the way, in logarithms
-    assert third == {
-        "lr0": pytest.approx(2e-4 * 25**0.25, rel=1e-3),
-        "rho": pytest.approx(0.01 * 100 ** (2 / 3), rel=1e-3),
-    }
-    linear = settings(plan(optimizers="SGD").arms[0], 2)[1]
-    assert linear == {"lr0": 0.01, "momentum": 0.86}
-
-
-@pytest.mark.parametrize("name", [*SPACES, "torch.optim.Adagrad"])
-def test_trials_are_equal_in_number_inside_the_space_and_the_same_each_time(name):
-    arm = plan(optimizers=name).arms[0]
-    space = space_of(arm.arguments)
-    assert space == SPACES.get(name, OTHERS)
-    made = settings(arm, 9)
-    assert made == settings(arm, 9) and made[0] == {}
-    assert len(made) == (9 if space else 1)
-    for changed in made[1:]:
-        assert changed.keys() == space.keys()
-        assert all(space[key].low <= value <= space[key].high for key, value in changed.items())
-    for key in space:  # all different
-        assert len({changed[key] for changed in made[1:]}) == 8
-
-
 def test_spaces_are_of_one_size():
     assert {len(space) for space in SPACES.values()} == {0, 2}
     assert [name for name, space in SPACES.items() if not space] == ["auto"]
 
 
-def test_trial_runs():
+def test_every_arm_has_the_same_number_of_trials_over_its_own_space():
     made = plan(
-        optimizers="SophiaG,AdamW,AdamW", tune_trials=3, epochs=20, data="a.yaml,b.yaml", seeds=3, bn_recalibrate=True
-    )
-    trials = trial_runs(made)
-    assert list(trials) == [
-        (arm, data) for data in ("a.yaml", "b.yaml") for arm in ("SophiaG", "AdamW", "AdamW-again1")
-    ]
-    every = [(changed, run) for group in trials.values() for changed, run in group]
-    assert len({run.key for _, run in every}) == 18
-    for changed, run in every:
-        assert run.seed == run.arguments["seed"] == TRIAL_SEED and run.seed not in made.seeds
-        assert run.arguments["epochs"] == 6 and run.bn_recalibrate
-        assert all(run.arguments[key] == value for key, value in changed.items())
-    assert [changed for changed, _ in trials["AdamW", "a.yaml"]] == [c for c, _ in trials["AdamW-again1", "b.yaml"]]
-    (_, run), *_ = trial_runs(plan(tune_trials=1, tune_epochs=2))["SophiaG", BASE["data"]]
-    assert run.arguments["epochs"] == 2
-    (_, run), *_ = trial_runs(plan(tune_trials=1, epochs=2))["SophiaG", BASE["data"]]
-    assert run.arguments["epochs"] == 1
+        optimizers="SophiaG,AdamW,AdamW,auto", tune_trials=3, epochs=20, data="a.yaml,b.yaml", lr0=0.002,
+        bn_recalibrate=True, cut_runs="restart", out="there",
+    )  # fmt: skip
+    studies = tune_plans(made)
+    arms_of = ("SophiaG", "AdamW", "AdamW-again1", "auto")
+    assert list(studies) == [(arm, data) for data in ("a.yaml", "b.yaml") for arm in arms_of]
+    assert len({study.study for study in studies.values()}) == 8
+    for (arm, data), study in studies.items():
+        assert study.trials == (1 if arm == "auto" else 3) and study.pruner == "none"
+        assert study.storage == f"sqlite:///{Path('there', 'study.db')}"
+        (first,), (other,) = study.runs({}), study.runs({"lr0": 0.003})
+        assert first.seed == TRIAL_SEED and first.seed not in made.seeds and first.restart and first.bn_recalibrate
+        assert (first.arguments["lr0"], other.arguments["lr0"]) == (0.002, 0.003)  # a given value is the first trial's
+        assert first.data == data and first.arguments["epochs"] == 6 and first.arm == f"tune-{arm}"
+    assert set(studies["AdamW", "a.yaml"].space) == {"lr0", "weight_decay"}
+    assert next(iter(tune_plans(plan(tune_trials=1, tune_epochs=2)).values())).epochs == 2
+    assert next(iter(tune_plans(plan(tune_trials=1, epochs=2)).values())).epochs == 1
+    assert not tune_plans(plan())
 
 
-def result(*scores: float | None, receipt: bool = True) -> RunResult:
-    run = make_run("tune-SGD", "sets/d.yaml", TRIAL_SEED, 1.0, {}, False)
-    return RunResult(run, tuple({MAP50_95: score} for score in scores), {"key": run.key} if receipt else None, None)
+def test_tuning_of_another_version_is_refused(tmp_path):
+    made = plan(tune_trials=2, out=tmp_path)
+    check_tuning(made)
+    (run,) = tune_plans(made)["AdamW", BASE["data"]].runs({})
+    folder = tmp_path / "runs" / run.key
+    folder.mkdir(parents=True)
+    write_order(folder, run, 1)
+    check_tuning(plan(out=tmp_path))
+    with pytest.raises(ValueError, match=r"has tuning trials of yolo-sophia 0\.1\.0"):
+        check_tuning(made)
 
 
-def test_choose():
-    trials = [
-        ({}, result(0.5, 0.2)),  # the final value counts, not the best
-        ({"lr0": 0.1}, result(0.1, 0.3)),
-        ({"lr0": 0.2}, result(0.3)),  # of equals the earlier
-        ({"lr0": 0.3}, result(0.9, receipt=False)),  # failed
-        ({"lr0": 0.4}, result(None)),  # not finite
-    ]
-    search = choose("SGD", "sets/d.yaml", trials)
-    assert (search.arm, search.data, search.chosen) == ("SGD", "d", {"lr0": 0.1})
-    assert [row.get("lr0") for row in search.trials] == [None, 0.1, 0.2, 0.3, 0.4]
-    assert [row["mAP50-95"] for row in search.trials] == [0.2, 0.3, 0.3, None, None]
-    assert [row["state"] for row in search.trials] == ["finished"] * 3 + ["failed", "finished"]
+@pytest.mark.parametrize(("found", "says"), [(None, "the package optuna, which is missing"), ("4.8.0", "optuna>=4.9")])
+def test_tuning_without_optuna_names_the_extra(found, says, tmp_path, tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr("yolo_sophia.tune.command.find_spec", lambda name: found)
+    monkeypatch.setattr("yolo_sophia.tune.command.metadata.version", lambda name: found)
+    words = [f"data={tiny_data}", "model=m.pt", "optimizers=SGD", "tune_trials=2", f"out={tmp_path / 'out'}"]
+    assert cli.main(["compare", *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error and 'pip install "yolo-sophia[compare]"' in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_choose_where_all_failed_keeps_the_arm_as_it_is():
-    assert choose("SGD", "d.yaml", [({}, result(receipt=False)), ({"lr0": 1.0}, result(receipt=False))]).chosen == {}
-
-
-# The board ------------------------------------------------------------------------------------------------------------
+# The progress ---------------------------------------------------------------------------------------------------------
 
 
 def progress(state: str, epochs: int = 0, seconds: float = 0.0, before: int = 0) -> Progress:

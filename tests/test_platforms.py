@@ -15,7 +15,7 @@ from yolo_sophia import atomic
 from yolo_sophia.curvature.autocast import no_autocast
 from yolo_sophia.curvature.noise import forked, preserved
 from yolo_sophia.runs import worker
-from yolo_sophia.runs.scheduler import start_worker
+from yolo_sophia.runs.local_executor import start_worker
 
 # MPS ------------------------------------------------------------------------------------------------------------------
 

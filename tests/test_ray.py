@@ -20,9 +20,8 @@ import pytest
 from filelock import FileLock, Timeout
 
 from yolo_sophia.compare.plan import parse, runs
-from yolo_sophia.runs import ray_executor as ray_engine
-from yolo_sophia.runs.scheduler import FAILURE, LOG
-from yolo_sophia.runs.worker import CHECKPOINT, ORDER, RECEIPT, read_curve
+from yolo_sophia.runs import ray_executor
+from yolo_sophia.runs.worker import CHECKPOINT, FAILURE, LOG, ORDER, RECEIPT, read_curve
 
 pytestmark = [pytest.mark.slow, pytest.mark.extras]
 
@@ -183,19 +182,19 @@ def test_ctrl_c_leaves_everything_resumable_and_company_is_let_be(cluster, tiny_
 
 
 def test_places(connected):
-    assert ray_engine.places(address=connected) == 2
+    assert ray_executor.RayExecutor(address=connected, queue_all=False).places == 2
     with pytest.raises(ValueError, match=r"cpus=2 gpus=0: no node .* has as much; found 1 CPUs and 0 GPUs, 1 CPUs"):
-        ray_engine.places(address=connected, cpus=2)
+        ray_executor.RayExecutor(2, address=connected)
     with pytest.raises(ValueError, match=r"gpus=0\.5: no node"):
-        ray_engine.places(address=connected, gpus=0.5)
+        ray_executor.RayExecutor(gpus=0.5, address=connected)
 
 
 def test_a_node_that_does_not_see_the_folder_says_so(connected, tmp_path):
     import ray
 
-    code, why = ray.get(ray.remote(ray_engine._work).remote(str(tmp_path / "elsewhere"), str(tmp_path), "mark", 1))
+    code, why = ray.get(ray.remote(ray_executor._work).remote(str(tmp_path / "elsewhere"), str(tmp_path), "mark", 1))
     assert code == 1
-    assert re.search(r"node \w+ .* does not see .*/elsewhere: put out=... on storage that all nodes see", why)
+    assert re.search(r"node \w+ .* does not see .*/elsewhere: choose project=... on storage that all nodes see", why)
 
 
 def test_no_cluster_is_one_line(tmp_path, tiny_data, tiny_model):
@@ -212,4 +211,4 @@ def test_no_cluster_is_one_line(tmp_path, tiny_data, tiny_model):
 def test_ray_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r'Ray is not installed: pip install "yolo-sophia\[ray\]"'):
-        ray_engine.places()
+        ray_executor.RayExecutor()

@@ -1,7 +1,7 @@
 """`yolo-sophia tune`: the plan, the trials and who takes them, the files to train with, the report.
 
-Trainings are played by `Played`, a stand-in for `execute.train_one` that writes a run's folder as the worker does; the
-test at the end kills and shares a study of real trainings.
+Trainings are played by `Played`, an executor that writes a run's folder as the worker does; the test at the end kills
+and shares a study of real trainings.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from yolo_sophia.integration.arguments import OPTIMIZERS
 from yolo_sophia.integration.resolution import Facts, resolve, validate_arguments
 from yolo_sophia.options import OPTIONS
 from yolo_sophia.presets import load_preset
+from yolo_sophia.runs import scheduler
 from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.runs.results import MAP50_95
 from yolo_sophia.runs.run import data_name
-from yolo_sophia.runs.scheduler import Progress, folder_of
-from yolo_sophia.runs.worker import CHECKPOINT, CURVE, RECEIPT, read_curve
+from yolo_sophia.runs.scheduler import folder_of
+from yolo_sophia.runs.worker import CHECKPOINT, CURVE, LOG, RECEIPT, read_curve, read_order
 from yolo_sophia.search_space import Range, merged
-from yolo_sophia.tune import attempt, command, figures
+from yolo_sophia.tune import command, figures
 from yolo_sophia.tune.plan import SAMPLERS, TunePlan, parse, plan_yaml
 from yolo_sophia.tune.report import compose, write_report
 from yolo_sophia.tune.study import SharedStudy
@@ -199,39 +200,48 @@ def test_a_missing_package_is_one_line(sampler, package, monkeypatch, capsys, tm
 
 
 class Played:
-    """Trainings whose scores are a function of arguments and epoch, one epoch per round of the command's loop."""
+    """An executor whose trainings get scores that are a function of arguments and epoch, an epoch per round."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, score: Callable[[dict, int], float | None]):
-        self.score, self.rounds, self.begun, self.states = score, 0, [], []
-        monkeypatch.setattr(attempt, "train_one", self.train)
-        monkeypatch.setattr(command.time, "sleep", self.sleep)
+    threads = 1
 
-    def sleep(self, _: float) -> None:
-        self.rounds += 1
-        REAL_SLEEP(0.001)
+    def __init__(self, score: Callable[[dict, int], float | str | None], places: int):
+        self.score, self.places, self.begun = score, places, []
 
-    def train(self, out: Path, item: Progress, threads: int, device: str | None, stopping) -> None:
-        folder, arguments = folder_of(out, item.run), item.run.arguments
-        folder.mkdir(parents=True, exist_ok=True)
-        self.begun.append(dict(arguments))
-        for epoch in range(len(read_curve(folder)) + 1, arguments["epochs"] + 1):
-            value = self.score(arguments, epoch)
-            if isinstance(value, str):
-                item.state, item.note = "failed", value
-                return
-            with (folder / CURVE).open("a") as file:
-                file.write(json.dumps({"epoch": epoch, MAP50_95: value}) + "\n")
-            seen = self.rounds
-            while self.rounds < seen + 2:  # a whole round of looks lies between
-                if stopping.is_set():
-                    item.state = "waiting"
-                    return
-                REAL_SLEEP(0.001)
-        (folder / RECEIPT).write_text("{}")
-        item.state = "finished"
+    def start(self, folder: Path) -> PlayedJob:
+        arguments = read_order(folder)["arguments"]
+        self.begun.append(arguments)
+        return PlayedJob(folder, arguments, self.score)
 
 
-REAL_SLEEP = time.sleep
+class PlayedJob:
+    def __init__(self, folder: Path, arguments: dict, score: Callable):
+        self.folder, self.arguments, self.score, self.code = folder, arguments, score, None
+
+    def started(self) -> bool:
+        return True
+
+    def poll(self) -> int | None:
+        if self.code is not None:
+            return self.code
+        done = len(read_curve(self.folder))
+        if done == self.arguments["epochs"]:
+            (self.folder / RECEIPT).write_text("{}")
+            self.code = 0
+            return 0
+        value = self.score(self.arguments, done + 1)
+        if isinstance(value, str):
+            (self.folder / LOG).write_text(value)
+            self.code = 1
+            return 1
+        with (self.folder / CURVE).open("a") as file:
+            file.write(json.dumps({"epoch": done + 1, MAP50_95: value}) + "\n")
+        return None
+
+    def stop(self) -> None:
+        self.code = -signal.SIGTERM
+
+    def explain(self) -> str:
+        return ""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -254,12 +264,13 @@ def tuned(tmp_path, monkeypatch) -> Callable[..., View]:
     """Run a study of played trainings in `tmp_path / out`, or go on with it; returns it as it stands."""
 
     def tune(score: Callable[[dict, int], float | None] = by_lr0, **changes: object) -> View:
-        played = Played(monkeypatch, score)
         made = plan(**{"out": tmp_path / "out", "trials": 4, "pruner": "none", **changes})
-        study = SharedStudy(made)
-        command.run(study, lambda board: played.states.append([(item.run.key, item.state) for item in board]))
-        monkeypatch.undo()
-        tune.played, tune.study = played, study
+        tune.played, tune.states = Played(score, made.local_workers), []
+        tune.study = study = SharedStudy(made)
+        monkeypatch.setattr(scheduler, "POLL", 0.0)
+        command.train_trials(
+            study, tune.played, lambda shown: tune.states.append([(item.run.key, item.state) for item in shown])
+        )
         return View.of(study)
 
     return tune
@@ -327,15 +338,12 @@ def test_a_failed_trial_counts_and_the_others_go_on(score, note, tuned):
     assert len(tuned(trials=3).trials) == 3
 
 
-def test_ctrl_c_leaves_a_study_that_goes_on(tuned, monkeypatch):
+def test_ctrl_c_leaves_a_study_that_goes_on(tuned):
     def score(arguments, epoch):
         if epoch == 2 and not interrupted:
             interrupted.append(arguments["lr0"])
-            monkeypatch.setattr(command.time, "sleep", interrupt)
+            raise KeyboardInterrupt
         return 0.1 * epoch
-
-    def interrupt(_: float) -> None:
-        raise KeyboardInterrupt
 
     interrupted: list[float] = []
     with pytest.raises(KeyboardInterrupt):
@@ -345,9 +353,9 @@ def test_ctrl_c_leaves_a_study_that_goes_on(tuned, monkeypatch):
     assert view.trials[0].settings["lr0"] == interrupted[0] and list(view.trials[0].curve) == [1, 2, 3, 4]
 
 
-def test_the_board(tuned):
+def test_the_progress(tuned):
     tuned(trials=3, workers=2)
-    boards = tuned.played.states
+    boards = tuned.states
     assert all(len(board) == 3 for board in boards)
     assert boards[0][0] == ("trial 0: lr0=0.0003, rho=0.04", "running") and boards[0][2] == ("trial 2", "waiting")
     assert [state for _, state in boards[-1]] == ["finished"] * 3
@@ -412,22 +420,79 @@ def test_a_trial_that_was_cut_off_is_taken_up_and_a_held_one_is_not(at):
     assert second.claim() is None
 
 
+def silence(study: SharedStudy) -> None:
+    """Let all heartbeats be long ago, and the next beat be due."""
+    with sqlite3.connect(study.plan.storage.removeprefix("sqlite:///")) as database:
+        database.execute("update trial_heartbeats set heartbeat = '2020-01-01 00:00:00'")
+    study._beaten = 0.0
+
+
 def test_a_trial_of_another_machine_is_left_alone_until_it_is_dead(at):
     here, there = at("here"), at("there")
     claim = there.claim()
     claim.lock.release()  # its lock means nothing here
-    assert here.claim().trial.number == 1
+    claim.trial.report(0.25, 1)
+    there.beat()
+    own = here.claim()
+    assert own.trial.number == 1
     here.beat()
     assert states(here) == ["RUNNING", "RUNNING"]
-    path = here.plan.storage.removeprefix("sqlite:///")
-    with sqlite3.connect(path) as database:
-        database.execute("update trial_heartbeats set heartbeat = '2020-01-01 00:00:00'")
-    here._beaten = 0.0
-    here.beat()  # speaks for its own, and finds that nobody speaks for the other
+    silence(here)
+    here.beat()  # records heartbeats of its own trials, and finds the other one without
     assert states(here) == ["FAIL", "RUNNING"]
     there.end(claim, TrialState.COMPLETE, 0.9)  # it was only slow: too late
     assert states(there) == ["FAIL", "RUNNING"]
-    assert "no sign of life" in View.of(here).trials[0].note
+    assert View.of(here).trials[0].note
+    retry = here.claim()  # the same settings, and what was reported
+    assert (retry.trial.number, retry.settings) == (2, claim.settings)
+    assert here.trials[2].intermediate_values == {1: 0.25}
+    assert here.claim().trial.number == 3  # a retry is not one of the three trials
+    assert here.claim() is None and there.claim() is None
+
+
+def test_a_trial_is_retried_a_few_times_only(at):
+    here, there = at("here", trials=1), at("there", trials=1)
+    claims = []
+    while (claim := there.claim()) is not None:
+        claims.append(claim)
+        claim.lock.release()
+        there.beat()
+        silence(here)
+        here.beat()
+    assert states(here) == ["FAIL"] * 4
+    assert all(claim.settings == claims[0].settings for claim in claims)
+
+
+def test_an_interrupted_trial_of_this_folder_keeps_its_number_however_late(at):
+    """Two are cut off, one process comes back: none fails while the other one is trained."""
+    first = at()
+    cut = [first.claim(), first.claim()]
+    first.beat()
+    for claim in cut:
+        claim.lock.release()
+    second, other = at(), at("elsewhere")
+    silence(second)
+    taken = second.claim()
+    second.beat()
+    other.beat()
+    assert states(second) == ["RUNNING", "RUNNING"] and taken.trial.number == 0
+    again = second.claim()
+    assert (again.trial.number, again.settings) == (1, cut[1].settings)
+
+
+def test_a_trial_without_a_folder_is_ours_only_where_we_are_alone(at, monkeypatch):
+    """A process that is killed right after Optuna's `ask` has not noted its folder yet."""
+    first = at("here")
+    monkeypatch.setattr(SharedStudy, "_claimed", lambda *_: None)
+    first.claim()  # killed here
+    monkeypatch.undo()
+    (Path(first._locks) / "trial-0").unlink(missing_ok=True)
+    second = at("here")
+    assert second._is_mine(second.trials[0])
+    at("there")
+    assert not second._is_mine(second.trials[0])
+    monkeypatch.setattr("yolo_sophia.tune.study.GRACE", -1.0)
+    assert second._is_mine(second.trials[0])
 
 
 # Files to train with, report ------------------------------------------------------------------------------------------
@@ -523,7 +588,7 @@ def test_text_of_users_is_escaped_in_the_report(tuned):
 @pytest.mark.parametrize("score", ["broken", 0.0])
 def test_a_report_of_little(score, tuned):
     view = tuned(lambda *_: score, trials=2)
-    assert command.finish(tuned.study) == (1 if score == "broken" else 0)
+    assert command.finish(view) == (1 if score == "broken" else 0)
     text = (view.plan.out / "report.md").read_text()
     assert ("No trial has finished yet" if score == "broken" else "No importances") in text
     assert (view.plan.out / "best.yaml").exists() == (score != "broken")

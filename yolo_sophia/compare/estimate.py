@@ -6,11 +6,11 @@ pass, over an assumed effective speed.
 
 from __future__ import annotations
 
-from yolo_sophia.compare.plan import Arm, Plan, runs
-from yolo_sophia.compare.tuning import trial_runs
+from yolo_sophia.compare.plan import Plan, runs
+from yolo_sophia.compare.tuning import tune_plans
 from yolo_sophia.runs.estimate import costs
 from yolo_sophia.runs.run import data_name
-from yolo_sophia.search_space import space_of
+from yolo_sophia.tune.plan import TunePlan
 
 GFLOPS_640 = {"n": 8.7, "s": 28.6, "m": 78.9, "l": 165.2, "x": 257.8}
 """Forward pass of YOLOv8 per image at 640 px, as Ultralytics' documentation lists them."""
@@ -26,11 +26,12 @@ def estimate(plan: Plan) -> str:
         ValueError: A data set or the model is not there.
     """
     ordered = runs(plan)
-    trials = [run for group in trial_runs(plan).values() for _, run in group] if plan.tune_trials else []
+    studies = tune_plans(plan).values()
+    trials = [run for study in studies for run in study.runs({}) * study.trials]
     lines = [
         f"{len(ordered)} runs: arms {', '.join(arm.name for arm in plan.arms)} (reference {plan.reference}) x "
         f"seeds {list(plan.seeds)} x data {[data_name(d) for d in plan.data]} x horizons {list(plan.horizons)}",
-        f"tuning: {len(trials)} trials; " + "; ".join(f"{arm.name} over {_space(arm)}" for arm in plan.arms)
+        f"tuning: {len(trials)} trials; " + "; ".join(f"{study.arm.name} over {_space(study)}" for study in studies)
         if trials
         else "tuning: none, the report will say untuned",
         *costs(plan, ordered + trials, plan.local_workers),
@@ -42,6 +43,5 @@ def estimate(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _space(arm: Arm) -> str:
-    space = space_of(arm.arguments)
-    return ", ".join(f"{key} {dimension}" for key, dimension in space.items()) or "nothing"
+def _space(study: TunePlan) -> str:
+    return ", ".join(f"{key} {dimension}" for key, dimension in study.space.items()) or "nothing"

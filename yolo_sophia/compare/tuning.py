@@ -1,54 +1,28 @@
-"""The tuning budget of a comparison: the same number of short runs for every arm, over its own documented space.
+"""The tuning of a comparison: the same number of trials of `tune` for every arm, over its own search space.
 
-The rule: equal budgets. Trial 0 is the arm as the plan gives it, the others follow a Halton sequence over the space,
-the same for every invocation; trials use a seed that takes no part in the comparison. The best final mAP50-95 wins.
+The first trial is the arm as the plan gives it. Trials use a seed that takes no part in the comparison. The settings
+with the best final mAP50-95 are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from yolo_sophia.compare.plan import Arm, Plan
 from yolo_sophia.runs.plan import TRIAL_SEED
-from yolo_sophia.runs.results import MAP50_95, RunResult
-from yolo_sophia.runs.run import Run, data_name, make_run
+from yolo_sophia.runs.run import as_name, data_name
+from yolo_sophia.runs.worker import ORDER
 from yolo_sophia.search_space import space_of
+from yolo_sophia.tune.plan import TunePlan, start_of
 
-BASES = (2, 3, 5)
+if TYPE_CHECKING:
+    from yolo_sophia.tune.view import View
 
-
-def halton(index: int, base: int) -> float:
-    """Element `index` >= 1 of the van der Corput sequence of a prime base, in (0, 1)."""
-    value, fraction = 0.0, 1.0
-    while index:
-        fraction /= base
-        index, digit = divmod(index, base)
-        value += digit * fraction
-    return value
-
-
-def settings(arm: Arm, trials: int) -> list[dict[str, float]]:
-    """What each trial changes in the arm; the first changes nothing. No space, no further trials."""
-    space = space_of(arm.arguments)
-    points = range(1, trials if space else 1)
-    return [{}] + [{key: r.at(halton(i, b)) for (key, r), b in zip(space.items(), BASES)} for i in points]
-
-
-def trial_runs(plan: Plan) -> dict[tuple[str, str], list[tuple[dict[str, float], Run]]]:
-    """The trials of every arm on every data set, with what they change."""
-    epochs = plan.tune_epochs or max(1, plan.epochs // 3)
-    trials: dict[tuple[str, str], list[tuple[dict[str, float], Run]]] = {}
-    for data in plan.data:
-        for arm in plan.arms:
-            for changed in settings(arm, plan.tune_trials):
-                arguments = {**plan.common, **arm.arguments, **changed}
-                arguments |= {"data": data, "seed": TRIAL_SEED, "epochs": epochs}
-                run = make_run(f"tune-{arm.name}", data, TRIAL_SEED, 1.0, arguments, plan.bn_recalibrate)
-                run = replace(run, restart=plan.cut_runs == "restart")
-                trials.setdefault((arm.name, data), []).append((changed, run))
-    return trials
+STUDIES = "study.db"
 
 
 @dataclass(frozen=True)
@@ -65,15 +39,78 @@ class Search:
     arm: str
     data: str
     trials: tuple[Mapping[str, Any], ...]
-    chosen: Mapping[str, float]
+    chosen: Mapping[str, Any]
 
 
-def choose(arm: str, data: str, trials: Sequence[tuple[Mapping[str, float], RunResult]]) -> Search:
-    """Choose the settings with the best final mAP50-95; a failed trial loses, and of equals the earlier wins."""
-    rows = []
-    for changed, result in trials:
-        score = result.rows[-1].get(MAP50_95) if result.receipt and result.rows else None
-        rows.append({**changed, "mAP50-95": score, "state": "finished" if result.receipt else "failed"})
-    scores = [-1.0 if row["mAP50-95"] is None else row["mAP50-95"] for row in rows]
-    best = max(range(len(rows)), key=lambda i: (scores[i], -i))
-    return Search(arm, data_name(data), tuple(rows), dict(trials[best][0]))
+def tune_plans(plan: Plan) -> dict[tuple[str, str], TunePlan]:
+    """The study of every arm on every data set; none without `tune_trials`."""
+    return {(arm.name, data): _study(plan, arm, data) for data in plan.data for arm in plan.arms if plan.tune_trials}
+
+
+def _study(plan: Plan, arm: Arm, data: str) -> TunePlan:
+    from yolo_sophia.integration.arguments import judge
+
+    common = {**plan.common, "epochs": plan.tune_epochs or max(1, plan.epochs // 3)}
+    arguments = judge({**common, **arm.arguments})
+    space = space_of(arguments)
+    return TunePlan(
+        arms=(arm,),
+        data=(data,),
+        seeds=(TRIAL_SEED,),
+        common=MappingProxyType(common),
+        **{key: getattr(plan, key) for key in ("bn_recalibrate", "cut_runs", "engine", "workers", "devices")},
+        **{key: getattr(plan, key) for key in ("cpus", "gpus", "out", "dry_run")},
+        space=MappingProxyType(dict(space)),
+        start=MappingProxyType(start_of(space, arguments)),
+        trials=plan.tune_trials if space else 1,
+        sampler="tpe",
+        grid_points=3,
+        pruner="none",
+        prune_after=1,
+        storage=f"sqlite:///{plan.out / STUDIES}",
+        study=as_name(f"{arm.name}-{data_name(data)}"),
+        first_as_given=True,
+    )
+
+
+def check_tuning(plan: Plan) -> None:
+    """Refuse a comparison whose tuning cannot be done or continued.
+
+    Raises:
+        ValueError: Optuna is missing, or the folder has trials of version 0.1.0, whose search was another one.
+    """
+    from yolo_sophia.tune.command import check_packages
+
+    if not plan.tune_trials:
+        return
+    check_packages("tpe", "compare tune_trials=...", "compare")
+    if (plan.out / STUDIES).is_file():
+        return
+    for order in (plan.out / "runs").glob(f"*/{ORDER}"):
+        if json.loads(order.read_text(encoding="utf-8"))["arm"].startswith("tune-"):
+            raise ValueError(
+                f"out={plan.out} has tuning trials of yolo-sophia 0.1.0, which searched in another way: finish this "
+                "comparison with that version, or start it in another folder."
+            )
+
+
+def tune(plan: Plan) -> tuple[list[Search], dict[tuple[str, str], Mapping[str, Any]]]:
+    """Run the trials that are missing; returns the record, and the settings chosen by arm and data set.
+
+    Raises:
+        ValueError: The storage cannot be opened, or it holds another study.
+    """
+    from yolo_sophia.tune.command import run_study
+
+    searches, tuned = [], {}
+    for (arm, data), study in tune_plans(plan).items():
+        search = choose(arm, data, run_study(study, f"tune {study.study}"))
+        searches.append(search)
+        tuned[arm, data] = search.chosen
+    return searches, tuned
+
+
+def choose(arm: str, data: str, view: View) -> Search:
+    """The settings of the best finished trial; of equals the earlier one, and none where all failed."""
+    rows = [{**trial.settings, "mAP50-95": trial.value, "state": trial.state} for trial in view.trials]
+    return Search(arm, data_name(data), tuple(rows), dict(view.best.settings) if view.best else {})

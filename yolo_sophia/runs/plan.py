@@ -382,6 +382,11 @@ def check_data(plan: BasePlan) -> None:
         count_images(data)
 
 
+def describe_keys(example: str, keys: Mapping[str, Key], rest: str) -> str:
+    """The help of a command: an example, a line per key, and what else is accepted."""
+    return "\n".join([example, "", *(f"  {key:<15} {spec.meaning}" for key, spec in keys.items()), "", rest])
+
+
 def to_yaml(content: Mapping[str, Any]) -> str:
     """A plan as a file that `plan=` reads back to the same plan; what is None is left out."""
     return yaml.safe_dump(plain(content), sort_keys=False, allow_unicode=True)

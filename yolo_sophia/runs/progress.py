@@ -1,4 +1,4 @@
-"""The state of a comparison while it runs: a live table on a terminal, a line per change elsewhere."""
+"""The state of trainings while they run: a live table on a terminal, a line per change elsewhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ STATES = ("finished", "running", "elsewhere", "waiting", "pruned", "failed")
 ENDED = {"finished", "pruned", "failed"}
 
 
-def eta_seconds(board: list[Progress], workers: int) -> float | None:
+def eta_seconds(progress: list[Progress], workers: int) -> float | None:
     """Seconds until all runs are done, from the pace of those that ran here; None before the first epoch."""
-    epochs = sum(max(0, item.epochs - item.before) for item in board if item.seconds)
-    seconds = sum(item.seconds for item in board if item.seconds)
+    epochs = sum(max(0, item.epochs - item.before) for item in progress if item.seconds)
+    seconds = sum(item.seconds for item in progress if item.seconds)
     if not epochs:
         return None
-    left = sum(int(item.run.arguments["epochs"]) - item.epochs for item in board if item.state not in ENDED)
+    left = sum(int(item.run.arguments["epochs"]) - item.epochs for item in progress if item.state not in ENDED)
     return max(0.0, left * seconds / epochs / workers)
 
 
@@ -34,7 +34,7 @@ def duration(seconds: float | None) -> str:
 
 @contextmanager
 def showing(title: str, workers: int) -> Iterator[Callable[[list[Progress]], None]]:
-    """Yield the function that shows the board: a rich table on a terminal, plain lines otherwise."""
+    """Yield the function that shows the progress: a rich table on a terminal, plain lines otherwise."""
     if sys.stderr.isatty():
         try:
             from rich.live import Live
@@ -42,41 +42,41 @@ def showing(title: str, workers: int) -> Iterator[Callable[[list[Progress]], Non
             print("pip install rich for a live table", file=sys.stderr)
         else:
             with Live(refresh_per_second=2) as live:
-                yield lambda board: live.update(_table(title, board, workers))
+                yield lambda progress: live.update(_table(title, progress, workers))
             return
     yield _Lines(title, workers)
 
 
 class _Lines:
     def __init__(self, title: str, workers: int):
-        self.title, self.workers, self.told = title, workers, {}
+        self.title, self.workers, self.printed = title, workers, {}
         self.last = 0.0
 
-    def __call__(self, board: list[Progress]) -> None:
-        for item in board:
+    def __call__(self, progress: list[Progress]) -> None:
+        for item in progress:
             state = (item.state, item.note)
-            if self.told.get(item.run.key, ("waiting", "")) != state:
+            if self.printed.get(item.run.key, ("waiting", "")) != state:
                 note = f": {item.note.splitlines()[-1]}" if item.note else ""
                 print(f"{self.title}: {item.run.key} {item.state}{note}", file=sys.stderr, flush=True)
-            self.told[item.run.key] = state
+            self.printed[item.run.key] = state
         if time.monotonic() - self.last > 60:
-            counts = Counter(item.state for item in board)
+            counts = Counter(item.state for item in progress)
             shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-            left = duration(eta_seconds(board, self.workers))
+            left = duration(eta_seconds(progress, self.workers))
             print(f"{self.title}: {shown}; {left} left", file=sys.stderr, flush=True)
             self.last = time.monotonic()
 
 
-def _table(title: str, board: list[Progress], workers: int):
+def _table(title: str, progress: list[Progress], workers: int):
     from rich.table import Table
 
-    counts = Counter(item.state for item in board)
+    counts = Counter(item.state for item in progress)
     shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    table = Table(title=title, caption=f"{shown}; {duration(eta_seconds(board, workers))} left", min_width=72)
+    table = Table(title=title, caption=f"{shown}; {duration(eta_seconds(progress, workers))} left", min_width=72)
     for column in ("run", "state", "epochs", "time"):
         table.add_column(column, justify="left" if column in {"run", "state"} else "right")
     style = {"failed": "red", "running": "bold", "finished": "green", "elsewhere": "yellow", "pruned": "dim"}
-    order = sorted(board, key=lambda item: STATES.index("running") != STATES.index(item.state))
+    order = sorted(progress, key=lambda item: STATES.index("running") != STATES.index(item.state))
     for item in order[:30]:
         total = int(item.run.arguments["epochs"])
         row = (item.run.key, item.state, f"{item.epochs}/{total}", duration(item.seconds or None))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from yolo_sophia.runs.run import Run
-from yolo_sophia.runs.scheduler import FAILURE, folder_of
-from yolo_sophia.runs.worker import RECEIPT, read_curve
+from yolo_sophia.runs.scheduler import folder_of
+from yolo_sophia.runs.worker import FAILURE, RECEIPT, read_curve
 
 MAP50_95, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"
 

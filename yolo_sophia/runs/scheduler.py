@@ -1,44 +1,44 @@
-"""Runs the trainings of a plan: workers side by side on this machine, each training a process with its own folder.
+"""One loop that trains: it takes trainings from a queue, and an executor runs each in a process with its own folder.
 
-The rule: the folders are the only memory. A finished run has a receipt and is not repeated; a run that is being trained
-is locked by the process that trains, so two invocations share the work; anything else is taken up again.
+All state is in the folders. A finished run has a receipt and is not repeated. The process that trains locks the folder,
+so two invocations share the work. Everything else is resumed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.runs.run import Run
-from yolo_sophia.runs.worker import BUSY, ORDER, RECEIPT, read_curve
+from yolo_sophia.runs.worker import BUSY, FAILURE, LOG, RECEIPT, read_curve, write_order
 
 LAST_LINES = 12
-LOG, FAILURE = "log.txt", "failure.txt"
+POLL = 0.5
+"""Seconds between two rounds of the loop."""
 LOCKED_OUT = 5.0
-"""Seconds after which a worker that found its folder locked is gone."""
+"""Seconds after which a worker that found its folder locked has ended."""
+RETRY = 5.0
+"""Seconds until a run that another process trains is tried again."""
+STOP = 30.0
+"""Seconds that trainings have to end after an interrupt."""
 
 
 @dataclass
 class Progress:
-    """What is known of a run while the comparison goes on.
+    """The state of a run.
 
     Attributes:
         run: The run.
-        state: "waiting", "running", "finished", "failed" or "elsewhere" (another process trains it); a trial
-            of `tune` also "pruned": stopped as it fell behind.
+        state: "waiting", "running", "finished", "failed" or "elsewhere" (another process trains it); a trial of `tune`
+            also "pruned".
         epochs: Finished epochs.
         seconds: Wall time of this process's training so far.
         note: Last lines of the log of a failed run.
-        before: Epochs that were there before this process's training.
+        before: Epochs that were finished before this process's training.
     """
 
     run: Run
@@ -47,6 +47,100 @@ class Progress:
     seconds: float = 0.0
     note: str = ""
     before: int = 0
+
+
+class Job(Protocol):
+    """A worker process that an executor has started."""
+
+    def started(self) -> bool:
+        """Whether it runs; an executor may keep it waiting."""
+
+    def poll(self) -> int | None:
+        """The exit code, negative where a signal ended it; None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to end; its folder stays resumable."""
+
+    def explain(self) -> str:
+        """What is known of a failure that is not in the log."""
+
+
+class Executor(Protocol):
+    """Where workers run."""
+
+    places: float
+    """Workers that it takes at once; infinite where it queues them itself."""
+    threads: int
+    """Processor threads of a worker."""
+
+    def start(self, folder: Path) -> Job:
+        """Start the worker of a folder."""
+
+
+class Queue(Protocol):
+    """What is to be trained."""
+
+    def take(self) -> Progress | None:
+        """The next training; None where there is none at the moment."""
+
+    def is_done(self) -> bool:
+        """Whether no training will come once those that were taken have ended."""
+
+    def should_stop(self, item: Progress) -> bool:
+        """Whether a training in progress is to be stopped; asked once a round."""
+
+    def ended(self, item: Progress) -> None:
+        """Note that a training has ended, with its state set."""
+
+    def progress(self) -> list[Progress]:
+        """The state of everything, for showing."""
+
+
+class RunQueue:
+    """A fixed list of runs; those that another process trains are tried again later.
+
+    Args:
+        runs: The runs.
+    """
+
+    def __init__(self, runs: Iterable[Run]):
+        self._progress = [Progress(run) for run in runs]
+        self._waiting = list(self._progress)
+        self._elsewhere: list[tuple[float, Progress]] = []
+
+    def take(self) -> Progress | None:
+        """The next run that nobody trains, or one that another process had when it was last tried."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        if self._elsewhere and self._elsewhere[0][0] <= time.monotonic():
+            return self._elsewhere.pop(0)[1]
+        return None
+
+    def is_done(self) -> bool:
+        """Whether no run is left."""
+        return not self._waiting and not self._elsewhere
+
+    def should_stop(self, item: Progress) -> bool:
+        """Never."""
+        return False
+
+    def ended(self, item: Progress) -> None:
+        """Keep a run that another process trains for later."""
+        if item.state == "elsewhere":
+            self._elsewhere.append((time.monotonic() + RETRY, item))
+
+    def progress(self) -> list[Progress]:
+        """All runs."""
+        return self._progress
+
+
+@dataclass
+class _Active:
+    item: Progress
+    job: Job
+    folder: Path
+    begun: float | None = None
+    stopped: bool = False
 
 
 def folder_of(out: Path, run: Run) -> Path:
@@ -59,130 +153,80 @@ def is_finished(folder: Path) -> bool:
     return (folder / RECEIPT).is_file()
 
 
-def execute(
-    out: Path,
-    runs: Iterable[Run],
-    *,
-    workers: int = 1,
-    devices: tuple[str, ...] = (),
-    on_change: Callable[[list[Progress]], None] = lambda _: None,
-) -> list[Progress]:
-    """Train what is missing, `workers` at a time.
+def train(
+    out: Path, queue: Queue, executor: Executor, on_change: Callable[[list[Progress]], None] = lambda _: None
+) -> None:
+    """Train what a queue holds until it is done.
+
+    On an exception, KeyboardInterrupt included, the trainings are stopped, their folders stay resumable, and the
+    exception goes on to the caller.
 
     Args:
-        out: Folder of the comparison.
-        runs: The runs.
-        workers: Processes side by side; each gets its share of the processor's threads.
-        devices: GPU numbers, given to the workers in turn; none for the CPU.
-        on_change: Called from this thread about twice a second with the state of all runs.
-
-    Returns:
-        The state of all runs at the end. On KeyboardInterrupt the trainings are stopped, their folders stay resumable,
-        and the interrupt goes on to the caller.
+        out: Folder of results.
+        queue: The trainings.
+        executor: Where they run.
+        on_change: Called about twice a second with the state of all trainings.
     """
-    board = [Progress(run) for run in runs]
-    waiting = list(board)
-    mutex, stopping = threading.Lock(), threading.Event()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-
-    def work(slot: int) -> None:
-        device = devices[slot % len(devices)] if devices else None
-        while not stopping.is_set():
-            with mutex:
-                if not waiting:
-                    return
-                item = waiting.pop(0)
-            train_one(out, item, threads, device, stopping)
-            if item.state == "elsewhere":  # its turn comes again, after those that nobody trains yet
-                with mutex:
-                    waiting.append(item)
-                    nothing_to_do = all(other.state == "elsewhere" for other in waiting)
-                if nothing_to_do:
-                    stopping.wait(5)
-
-    pool = [threading.Thread(target=work, args=(slot,), daemon=True) for slot in range(workers)]
-    for thread in pool:
-        thread.start()
+    active: list[_Active] = []
     try:
-        while any(thread.is_alive() for thread in pool):
-            on_change(board)
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        stopping.set()
-        for thread in pool:
-            thread.join(timeout=30)
+        while True:
+            while len(active) < executor.places and (item := queue.take()) is not None:
+                if (begun := _start(out, item, executor)) is not None:
+                    active.append(begun)
+                else:
+                    queue.ended(item)
+            if not active and queue.is_done():
+                break
+            on_change(queue.progress())
+            time.sleep(POLL)
+            for one in list(active):
+                code = one.job.poll()  # before the curve is read: nothing is written after the end
+                _update(one)
+                if not one.stopped and code is None and queue.should_stop(one.item):
+                    one.stopped = True
+                    one.job.stop()
+                if code is not None:
+                    active.remove(one)
+                    _finalize(one.folder, one.item, code, stopped=one.stopped, why=one.job.explain())
+                    queue.ended(one.item)
+    except BaseException:
+        for one in active:
+            one.job.stop()
+        end = time.monotonic() + STOP
+        while any(one.job.poll() is None for one in active) and time.monotonic() < end:
+            time.sleep(0.05)
         raise
-    on_change(board)
-    return board
+    on_change(queue.progress())
 
 
-def train_one(out: Path, item: Progress, threads: int, device: str | None, stopping: threading.Event) -> None:
-    """Train one run to its end, in a process of its own; returns with its state set.
-
-    Args:
-        out: Folder of the comparison.
-        item: The run; kept up to date meanwhile.
-        threads: Threads of the processor.
-        device: Number of the GPU; None for the CPU.
-        stopping: Set from another thread, it ends the training, whose folder stays resumable.
-    """
+def _start(out: Path, item: Progress, executor: Executor) -> _Active | None:
+    """Start a training; None where there is nothing to train, with its state set."""
     folder = folder_of(out, item.run)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
     try:
-        code = 0
-        if not take_up(folder, item) and not stopping.is_set():
-            write_order(folder, item, threads)
-            item.state, start = "elsewhere" if item.state == "elsewhere" else "running", time.monotonic()
-            process = start_worker(folder, environment)
-            while process.poll() is None:
-                if stopping.wait(0.5):
-                    process.terminate()
-                    process.wait()
-                item.epochs, item.seconds = len(read_curve(folder)), time.monotonic() - start
-                if item.seconds > LOCKED_OUT:
-                    item.state = "running"
-            code = process.returncode
-        judge(folder, item, code, stopped=stopping.is_set())
-    except OSError as error:  # a full disk, say: this run failed, the others go on
+        folder.mkdir(parents=True, exist_ok=True)
+        item.before, item.seconds = len(read_curve(folder)), 0.0
+        if is_finished(folder):
+            _finalize(folder, item, 0)
+            return None
+        write_order(folder, item.run, executor.threads)
+        return _Active(item, executor.start(folder), folder)
+    except OSError as error:  # such as a full disk: this run failed, the others go on
         item.state, item.note = "failed", f"{type(error).__name__}: {error}"
+        return None
 
 
-def take_up(folder: Path, item: Progress) -> bool:
-    """Make the run's folder, note what is there already, and return whether the run is finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    item.before, item.seconds = len(read_curve(folder)), 0.0
-    return is_finished(folder)
+def _update(one: _Active) -> None:
+    """Read the progress of a training from its folder."""
+    if one.begun is None and not one.job.started():
+        return
+    one.begun = one.begun or time.monotonic()
+    item = one.item
+    item.epochs, item.seconds = len(read_curve(one.folder)), time.monotonic() - one.begun
+    if item.state != "elsewhere" or item.seconds > LOCKED_OUT:
+        item.state = "running"
 
 
-def write_order(folder: Path, item: Progress, threads: int) -> None:
-    """Write what the worker is to train, and with how many threads."""
-    arguments = dict(item.run.arguments)
-    tuples = [key for key, value in arguments.items() if isinstance(value, tuple)]  # JSON has lists only
-    order = {**vars(item.run), "arguments": arguments, "threads": threads, **({"tuples": tuples} if tuples else {})}
-    atomic_write(folder / ORDER, json.dumps(order, indent=1))
-
-
-def start_worker(folder: Path, environment: Mapping[str, str], directory: str | None = None) -> subprocess.Popen[bytes]:
-    """Start the training of a folder; what it prints goes to the folder's log."""
-    with (folder / LOG).open("a", encoding="utf-8") as log:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends its trainings in order.
-        if sys.platform == "win32":
-            apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        else:
-            apart = {"start_new_session": True}
-        return subprocess.Popen(
-            [sys.executable, "-m", "yolo_sophia.runs.worker", str(folder)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**environment, "PYTHONUNBUFFERED": "1"},
-            cwd=directory,
-            **apart,
-        )
-
-
-def judge(folder: Path, item: Progress, code: int, *, stopped: bool = False, why: str = "") -> None:
+def _finalize(folder: Path, item: Progress, code: int, *, stopped: bool = False, why: str = "") -> None:
     """Set the run's state when its worker has ended.
 
     Args:
@@ -192,18 +236,20 @@ def judge(folder: Path, item: Progress, code: int, *, stopped: bool = False, why
         stopped: Whether it was ended by us.
         why: What is known of the failure beyond the log.
     """
-    item.epochs = len(read_curve(folder))
-    if is_finished(folder):
-        item.state = "finished"
-        (folder / FAILURE).unlink(missing_ok=True)
-    elif code == BUSY:
-        item.state, item.seconds = "elsewhere", 0.0
-    elif stopped:
-        item.state = "waiting"
-    else:
-        killed = f"ended by {signal.Signals(-code).name}" if code < 0 else ""
-        item.state, item.note = "failed", "\n".join(part for part in (last_lines(folder / LOG), killed, why) if part)
-        atomic_write(folder / FAILURE, item.note)
+    try:
+        item.epochs = len(read_curve(folder))
+        if is_finished(folder):
+            item.state = "finished"
+            (folder / FAILURE).unlink(missing_ok=True)
+        elif code == BUSY:
+            item.state, item.seconds = "elsewhere", 0.0
+        elif stopped:
+            item.state = "waiting"
+        else:
+            item.state, item.note = "failed", "\n".join(part for part in (last_lines(folder / LOG), why) if part)
+            atomic_write(folder / FAILURE, item.note)
+    except OSError as error:
+        item.state, item.note = "failed", f"{type(error).__name__}: {error}"
 
 
 def last_lines(log: Path) -> str:

@@ -1,8 +1,8 @@
-"""One training of a comparison, in a process of its own: `python -m yolo_sophia.runs.worker FOLDER`.
+"""One training in a process of its own: `python -m yolo_sophia.runs.worker FOLDER`.
 
-The rule: the folder says everything. `run.json` is the order, `curve.jsonl` has one line per finished epoch,
-`checkpoint.pt` is the last one written whole, and `result.json` the receipt, written last; without it the run is not
-finished and is taken up from its checkpoint. The process that trains holds the lock, and ends when its parent does.
+The folder has all state. `run.json` is the order, `curve.jsonl` has one line per finished epoch, `checkpoint.pt` is the
+last intact checkpoint, and `result.json` is the receipt, written last: without it the run is not finished, and is
+resumed from its checkpoint. The process that trains holds the lock of the folder, and ends when its parent does.
 """
 
 from __future__ import annotations
@@ -20,10 +20,27 @@ from typing import Any
 import psutil  # a dependency of Ultralytics
 
 from yolo_sophia.atomic import atomic_copy, atomic_write, remove_leftovers
+from yolo_sophia.runs.run import Run
 
 CURVE, RECEIPT, ORDER, CHECKPOINT, TRAINING = "curve.jsonl", "result.json", "run.json", "checkpoint.pt", "train"
+LOG, FAILURE = "log.txt", "failure.txt"
 BUSY = 75
 """Exit code where another process trains in this folder (EX_TEMPFAIL)."""
+
+
+def write_order(folder: Path, run: Run, threads: int) -> None:
+    """Write what the worker is to train, and with how many threads."""
+    arguments = dict(run.arguments)
+    tuples = [key for key, value in arguments.items() if isinstance(value, tuple)]  # JSON has lists only
+    order = {**vars(run), "arguments": arguments, "threads": threads, **({"tuples": tuples} if tuples else {})}
+    atomic_write(folder / ORDER, json.dumps(order, indent=1))
+
+
+def read_order(folder: Path) -> dict[str, Any]:
+    """Read the order of a folder."""
+    order = json.loads((folder / ORDER).read_text(encoding="utf-8"))
+    order["arguments"] |= {key: tuple(order["arguments"][key]) for key in order.get("tuples", ())}
+    return order
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
@@ -120,9 +137,7 @@ def train(folder: Path) -> dict[str, Any]:
     recorder = Recorder(folder)  # before the slow imports: it remembers the parent, which may be gone after them
     from yolo_sophia.integration.run import run_training
 
-    order = json.loads((folder / ORDER).read_text(encoding="utf-8"))
-    arguments = dict(order["arguments"])
-    arguments |= {key: tuple(arguments[key]) for key in order.get("tuples", ())}
+    order = read_order(folder)
     checkpoint = folder / CHECKPOINT
     remove_leftovers(checkpoint)
     resume = checkpoint if checkpoint.is_file() and not order.get("restart") else None
@@ -138,7 +153,7 @@ def train(folder: Path) -> dict[str, Any]:
     fixed = {"project": str(folder.resolve()), "name": TRAINING, "exist_ok": True}
     started = time.time()
     facts = run_training(
-        {"plots": False, "verbose": False, **arguments, **fixed},
+        {"plots": False, "verbose": False, **order["arguments"], **fixed},
         resume=resume,
         callbacks={f"on_{event}": getattr(recorder, f"on_{event}") for event in events},
         bn_recalibrate=order["bn_recalibrate"],

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.runs.plan import check_data
+from yolo_sophia.runs.executors import make_executor
+from yolo_sophia.runs.plan import check_data, describe_keys
 from yolo_sophia.runs.progress import showing
-from yolo_sophia.runs.scheduler import Progress
+from yolo_sophia.runs.scheduler import Executor, Progress, train
 from yolo_sophia.search_space import FORMS
 from yolo_sophia.tune.plan import KEYS, TunePlan, parse, plan_yaml
-from yolo_sophia.tune.progress import REFRESH, Board
 
 if TYPE_CHECKING:
-    from yolo_sophia.tune.attempt import Attempt
     from yolo_sophia.tune.study import SharedStudy
+    from yolo_sophia.tune.view import View
+
+OLDEST_OPTUNA = (4, 9)
 
 
 def help_text() -> str:
     """The keys of a plan, one line each."""
-    lines = ["yolo-sophia tune data=my.yaml model=yolov8n.pt epochs=20 optimizer=SophiaG trials=30", ""]
-    lines += [f"  {key:<15} {spec.meaning}" for key, spec in KEYS.items()]
-    lines += ["", f"An entry of `space` is {FORMS}.", "Any Ultralytics argument passes through to every trial."]
-    return "\n".join(lines)
+    example = "yolo-sophia tune data=my.yaml model=yolov8n.pt epochs=20 optimizer=SophiaG trials=30"
+    rest = f"An entry of `space` is {FORMS}.\nEvery Ultralytics argument is passed on to every trial."
+    return describe_keys(example, KEYS, rest)
 
 
 def main(words: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         ValueError: The plan is not valid, or a package or a data set is missing.
         OSError: The storage cannot be written to any more.
-        KeyboardInterrupt: Stopped by the user; running the same command again goes on.
+        KeyboardInterrupt: Interrupted by the user; the same command resumes.
     """
     plan = parse(words)
     if plan.dry_run:
@@ -44,79 +44,87 @@ def main(words: Sequence[str]) -> int:
 
         print(estimate(plan))
         return 0
-    check_packages(plan)
+    check_packages(plan.sampler)
     check_data(plan)
+    return finish(run_study(plan, saved=True))
+
+
+def check_packages(sampler: str, what: str = "tune", extra: str = "tune") -> None:
+    """Refuse a study whose packages are not installed.
+
+    Args:
+        sampler: The plan's sampler.
+        what: The command that needs them, for the message.
+        extra: The extra of this package that has them.
+
+    Raises:
+        ValueError: One is missing, or too old.
+    """
+    for package in ("optuna", *["cmaes"] * (sampler == "cmaes")):
+        if find_spec(package) is None:
+            raise ValueError(
+                f'{what} needs the package {package}, which is missing: pip install "yolo-sophia[{extra}]".'
+            )
+    found = metadata.version("optuna")
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_OPTUNA:
+        oldest = ".".join(map(str, OLDEST_OPTUNA))
+        raise ValueError(f'{what} needs optuna>={oldest}, found {found}: pip install "yolo-sophia[{extra}]".')
+
+
+def run_study(plan: TunePlan, title: str = "tune", *, saved: bool = False) -> View:
+    """Train the trials of a study that are missing; returns the study as it stands then.
+
+    Args:
+        plan: The plan.
+        title: Title of the progress display.
+        saved: Whether the plan is saved, and a report written after an interrupt.
+
+    Raises:
+        ValueError: The storage cannot be opened, or it holds another study under this name.
+        OSError: The storage cannot be written to any more.
+        KeyboardInterrupt: Interrupted by the user.
+    """
     from yolo_sophia.tune.study import SharedStudy, StorageError  # Optuna is imported from here on
+    from yolo_sophia.tune.view import View
 
     study = SharedStudy(plan)
-    atomic_write(plan.out / "plan.yaml", plan_yaml(plan))
+    if saved:
+        atomic_write(plan.out / "plan.yaml", plan_yaml(plan))
+    executor, places = make_executor(plan, queue_all=False)
     try:
-        with showing("tune", plan.local_workers) as show:
-            run(study, show)
+        with showing(title, places) as show:
+            train_trials(study, executor, show)
+        return View.of(study)
     except KeyboardInterrupt:
-        finish(study)
+        if saved:
+            finish(View.of(study))
         raise
     except StorageError as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise OSError(f"storage={plan.storage}: {reason}. The same command goes on from what is there.") from None
-    return finish(study)
+        raise OSError(f"storage={plan.storage}: {reason}. Rerun the command to resume.") from None
 
 
-def check_packages(plan: TunePlan) -> None:
-    """Refuse a study whose packages are not installed.
-
-    Raises:
-        ValueError: One is missing.
-    """
-    for package in ("optuna", *["cmaes"] * (plan.sampler == "cmaes")):
-        if find_spec(package) is None:
-            raise ValueError(f'tune needs the package {package}, which is missing: pip install "yolo-sophia[tune]".')
-
-
-def run(study: SharedStudy, show: Callable[[list[Progress]], None]) -> None:
-    """Train trials, as many side by side as the plan has workers, until none is left to begin.
+def train_trials(study: SharedStudy, executor: Executor, show: Callable[[list[Progress]], None]) -> None:
+    """Train trials until none is left to begin; other processes may take part in the study.
 
     Args:
-        study: The study; other processes may be at it too.
+        study: The study.
+        executor: Where the trainings run.
         show: Called about twice a second with the state of all trials.
     """
-    from yolo_sophia.tune.attempt import Attempt
+    from yolo_sophia.tune.objective import TrialQueue
 
-    plan, devices = study.plan, study.plan.devices
-    threads = max(1, (os.cpu_count() or 1) // plan.local_workers)
-    slots: list[Attempt | None] = [None] * plan.local_workers
-    board, refused = Board(study), -REFRESH
+    queue = TrialQueue(study)
     try:
-        while True:
-            study.beat()
-            for slot, attempt in enumerate(slots):
-                waited = time.monotonic() - refused >= REFRESH
-                if attempt is None and (waited or not any(slots)):
-                    if (claim := study.claim()) is None:
-                        refused = time.monotonic()
-                        continue
-                    slots[slot] = Attempt(plan, claim, threads, devices[slot % len(devices)] if devices else None)
-                    board.hold(claim.trial.number, slots[slot].shown)
-            if not any(slots):
-                break
-            time.sleep(0.5)
-            for slot, attempt in enumerate(slots):
-                if attempt and (state := attempt.look()) is not None:
-                    study.end(attempt.claim, state, attempt.value, attempt.failure)
-                    slots[slot] = None
-            show(board.lines())
-    except BaseException:
-        for attempt in filter(None, slots):
-            attempt.stop()
-        raise
+        train(study.plan.out, queue, executor, show)
+    finally:
+        queue.release()
 
 
-def finish(study: SharedStudy) -> int:
+def finish(view: View) -> int:
     """Write the report and the best settings, and say where they are; 0 when a trial finished, else 1."""
     from yolo_sophia.tune.report import write_report
-    from yolo_sophia.tune.view import View
 
-    view = View.of(study)
     page = write_report(view)
     for trial in view.having("failed"):
         print(f"trial {trial.number} failed:\n{trial.note}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""The study in Optuna's storage, as several processes share it: who takes which trial, and what becomes of a dead one.
+"""The study in Optuna's storage, as several processes share it.
 
-The rule: a trial is held by the process that has its lock. A running trial of this folder whose lock is free was cut
-off, and is taken up where it was. Trials of other folders (machines that share only the storage) are known by
-heartbeats, which every process gives for all trials of its folder; without one for `GRACE` seconds they have failed.
+A trial belongs to the process that has its lock. A running trial of this folder whose lock is free was interrupted, and
+is resumed under its own number. Trials of other folders (of machines that share only the storage) are watched through
+Optuna's heartbeats: without one for `GRACE` seconds a trial fails, and Optuna queues it again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS
 
 BEAT, GRACE = 60, 600
-"""Seconds between two heartbeats, and after which a trial without one is dead."""
-IDENTITY, FOLDER = "identity", "folder"
+"""Seconds between two heartbeats, and after which a trial without one has failed."""
+RETRIES = 3
+"""How often a trial that failed for lack of heartbeats is tried again."""
+IDENTITY, FOLDER, AS_GIVEN = "identity", "folder", "as given"
+"""User attributes: the plan and the folders of a study; the folder of a trial, and whether it changes nothing."""
 StorageError = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 """What a storage that is full, locked or gone raises while a study goes on."""
 LOCKS, FOLDER_ID = ".locks", ".folder"
@@ -67,7 +71,7 @@ class SharedStudy:
         self.plan, self._beaten = plan, 0.0
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")  # it is `beat` that gives them
+        warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")  # `beat` records them
         found = self._open(create=False)
         if found is not None:
             self._check_same(found)
@@ -82,6 +86,7 @@ class SharedStudy:
             self._check_same(self._study)
             if not self._study.get_trials(deepcopy=False):
                 self._study.set_user_attr(IDENTITY, plan.identity())
+            self._study.set_user_attr(f"{FOLDER} {self.folder}", True)
             self._plan_ahead()
 
     def _open(self, *, create: bool) -> optuna.Study | None:
@@ -93,7 +98,9 @@ class SharedStudy:
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
             patience = {"connect_args": {"timeout": 60}} if file is not None else {}
-            self.storage = optuna.storages.RDBStorage(url, patience, heartbeat_interval=BEAT, grace_period=GRACE)
+            self.storage = optuna.storages.RDBStorage(
+                url, patience, heartbeat_interval=BEAT, grace_period=GRACE, heartbeat_stale_trial_callback=_retry
+            )
             if not create and name not in optuna.get_all_study_names(self.storage):
                 return None
             pruner = make_pruner(self.plan)
@@ -122,8 +129,8 @@ class SharedStudy:
         if self.plan.sampler == "grid":
             for point in self.plan.grid():
                 self._study.enqueue_trial(point, skip_if_exists=True)
-        elif not self._study.get_trials(deepcopy=False) and self.plan.start:
-            self._study.enqueue_trial(dict(self.plan.start), skip_if_exists=True)
+        elif not self._study.get_trials(deepcopy=False) and (self.plan.start or self.plan.first_as_given):
+            self._study.enqueue_trial(dict(self.plan.start), user_attrs={AS_GIVEN: self.plan.first_as_given})
 
     @contextmanager
     def _queue(self) -> Iterator[None]:
@@ -146,25 +153,38 @@ class SharedStudy:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All trials that were begun, by number."""
+        """All trials that were begun, retries included, by number."""
         return [t for t in self._study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
 
     def claim(self) -> Claim | None:
-        """Take up a trial that was cut off, or begin one; None where nothing is left to begin."""
+        """Resume a trial that was interrupted, or begin one; None where nothing is left to begin."""
         with self._queue():
-            begun = self.trials
+            trials = self._study.get_trials(deepcopy=False)
+            begun = [trial for trial in trials if trial.state != TrialState.WAITING]
             self._study.sampler = make_sampler(self.plan, len(begun))
             for trial in begun:
-                mine = trial.user_attrs.get(FOLDER, self.folder) == self.folder
-                if mine and trial.state == TrialState.RUNNING and (lock := self._lock(trial.number)):
+                if trial.state == TrialState.RUNNING and self._is_mine(trial) and (lock := self._lock(trial.number)):
                     return self._claimed(optuna.Trial(self._study, trial._trial_id), lock)
-            if len(begun) >= self.plan.trials:
+            for trial in trials:
+                if trial.state == TrialState.WAITING and _is_retry(trial):
+                    if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                        return self._claimed(optuna.Trial(self._study, trial._trial_id), self._lock(trial.number))
+            if sum(not _is_retry(trial) for trial in begun) >= self.plan.trials:
                 return None
             trial = self._study.ask()
-            lock = self._lock(trial.number)
-            if lock is None:
-                raise RuntimeError(f"trial {trial.number} is new, and locked in {self._locks}")
-            return self._claimed(trial, lock)
+            return self._claimed(trial, self._lock(trial.number))
+
+    def _is_mine(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is of this folder.
+
+        A process that is killed between Optuna's `ask` and the note of its folder leaves a trial of nobody. It is ours
+        where no other folder takes part; else only when a living process would have written the note long ago.
+        """
+        if (folder := trial.user_attrs.get(FOLDER)) is not None:
+            return folder == self.folder
+        folders = {key for key in self._study.user_attrs if key.startswith(f"{FOLDER} ")}
+        alone = folders <= {f"{FOLDER} {self.folder}"}
+        return alone or (datetime.now() - trial.datetime_start).total_seconds() > GRACE
 
     def _lock(self, number: int) -> FileLock | None:
         lock = FileLock(self._locks / f"trial-{number}", thread_local=False)
@@ -174,25 +194,32 @@ class SharedStudy:
             return None
         return lock
 
-    def _claimed(self, trial: optuna.Trial, lock: FileLock) -> Claim:
+    def _claimed(self, trial: optuna.Trial, lock: FileLock | None) -> Claim:
+        if lock is None:
+            raise RuntimeError(f"trial {trial.number} is new, and locked in {self._locks}")
         trial.set_user_attr(FOLDER, self.folder)
-        settings = {
-            key: dimension.rounded(_suggest(trial, key, dimension)) for key, dimension in self.plan.space.items()
-        }
+        as_given = trial.user_attrs.get(AS_GIVEN, False)
+        space = {key: own for key, own in self.plan.space.items() if not as_given or key in self.plan.start}
+        settings = {key: own.rounded(_suggest(trial, key, own)) for key, own in space.items()}
+        settings = {} if as_given else settings
         trial.set_user_attr(SETTINGS, settings)
         self.storage.record_heartbeat(trial._trial_id)
         return Claim(trial, settings, lock)
 
     def end(self, claim: Claim, state: TrialState, value: float | None = None, note: str = "") -> None:
-        """Close a trial; one that was counted as failed meanwhile stays so."""
+        """Close a trial; one that has failed for lack of heartbeats stays so."""
         if note:
             claim.trial.set_user_attr(NOTE, note)
         self._study.tell(claim.trial, value, state if value is None else None, skip_if_finished=True)
         claim.lock.release()
 
     def beat(self) -> None:
-        """Speak for the trials of this folder, and count those as failed that nobody speaks for; once a minute."""
-        if time.monotonic() - self._beaten < BEAT and self._beaten:
+        """Once a minute, record Optuna's heartbeat for the trials of this folder, and fail those without one.
+
+        Optuna records heartbeats in `Study.optimize` only. Interrupted trials of this folder get one too: they are
+        resumed here under their own numbers.
+        """
+        if self._beaten and time.monotonic() - self._beaten < BEAT:
             return
         self._beaten = time.monotonic()
         for trial in self.trials:
@@ -216,6 +243,16 @@ class SharedStudy:
     def study(self) -> optuna.Study:
         """Optuna's study."""
         return self._study
+
+
+def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a trial again whose process is gone; it belongs to the folder that takes it."""
+    trial.user_attrs.pop(FOLDER, None)
+    optuna.storages.RetryHeartbeatStaleTrialCallback(RETRIES, inherit_intermediate_values=True)(study, trial)
+
+
+def _is_retry(trial: FrozenTrial) -> bool:
+    return bool(optuna.storages.RetryHeartbeatStaleTrialCallback.retry_history(trial))
 
 
 ENOUGH = 4
