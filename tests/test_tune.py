@@ -480,21 +480,6 @@ def test_an_interrupted_trial_of_this_folder_keeps_its_number_however_late(at):
     assert (again.trial.number, again.settings) == (1, cut[1].settings)
 
 
-def test_a_trial_without_a_folder_is_ours_only_where_we_are_alone(at, monkeypatch):
-    """A process that is killed right after Optuna's `ask` has not noted its folder yet."""
-    first = at("here")
-    monkeypatch.setattr(SharedStudy, "_claimed", lambda *_: None)
-    first.claim()  # killed here
-    monkeypatch.undo()
-    (Path(first._locks) / "trial-0").unlink(missing_ok=True)
-    second = at("here")
-    assert second._is_mine(second.trials[0])
-    at("there")
-    assert not second._is_mine(second.trials[0])
-    monkeypatch.setattr("yolo_sophia.tune.study.GRACE", -1.0)
-    assert second._is_mine(second.trials[0])
-
-
 # Files to train with, report ------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ BEAT, GRACE = 60, 600
 RETRIES = 3
 """How often a trial that failed for lack of heartbeats is tried again."""
 IDENTITY, FOLDER, AS_GIVEN = "identity", "folder", "as given"
-"""User attributes: the plan and the folders of a study; the folder of a trial, and whether it changes nothing."""
+"""User attributes: the plan of a study; the folder of a trial, and whether it changes nothing."""
 StorageError = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 """What a storage that is full, locked or gone raises while a study goes on."""
 LOCKS, FOLDER_ID = ".locks", ".folder"
@@ -86,7 +85,6 @@ class SharedStudy:
             self._check_same(self._study)
             if not self._study.get_trials(deepcopy=False):
                 self._study.set_user_attr(IDENTITY, plan.identity())
-            self._study.set_user_attr(f"{FOLDER} {self.folder}", True)
             self._plan_ahead()
 
     def _open(self, *, create: bool) -> optuna.Study | None:
@@ -175,16 +173,8 @@ class SharedStudy:
             return self._claimed(trial, self._lock(trial.number))
 
     def _is_mine(self, trial: FrozenTrial) -> bool:
-        """Whether a trial is of this folder.
-
-        A process that is killed between Optuna's `ask` and the note of its folder leaves a trial of nobody. It is ours
-        where no other folder takes part; else only when a living process would have written the note long ago.
-        """
-        if (folder := trial.user_attrs.get(FOLDER)) is not None:
-            return folder == self.folder
-        folders = {key for key in self._study.user_attrs if key.startswith(f"{FOLDER} ")}
-        alone = folders <= {f"{FOLDER} {self.folder}"}
-        return alone or (datetime.now() - trial.datetime_start).total_seconds() > GRACE
+        """Whether a trial is of this folder, or of nobody: a process was killed before it noted its folder."""
+        return trial.user_attrs.get(FOLDER, self.folder) == self.folder
 
     def _lock(self, number: int) -> FileLock | None:
         lock = FileLock(self._locks / f"trial-{number}", thread_local=False)
