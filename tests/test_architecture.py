@@ -84,9 +84,9 @@ def module(path: Path) -> str:
 
 
 def test_no_circle_of_imports():
-    """Of modules, those under TYPE_CHECKING and inside functions included; a package may import its own modules."""
+    """Of modules, those under TYPE_CHECKING and inside functions included. `from yolo_sophia import x` counts as x."""
     modules = {module(path): path for path in FILES}
-    edges = {name: imports(path) & modules.keys() - {name} for name, path in modules.items()}
+    edges = {name: imports(path) & modules.keys() - {name, "yolo_sophia"} for name, path in modules.items()}
     checked: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:

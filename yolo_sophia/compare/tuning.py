@@ -48,10 +48,10 @@ def tune_plans(plan: Plan) -> dict[tuple[str, str], TunePlan]:
 
 
 def _study(plan: Plan, arm: Arm, data: str) -> TunePlan:
-    from yolo_sophia.integration.arguments import judge
+    from yolo_sophia.integration.resolution import validate_arguments
 
     common = {**plan.common, "epochs": plan.tune_epochs or max(1, plan.epochs // 3)}
-    arguments = judge({**common, **arm.arguments})
+    arguments = validate_arguments({**common, **arm.arguments})
     space = space_of(arguments)
     return TunePlan(
         arms=(arm,),
