@@ -446,7 +446,8 @@ def test_a_trial_of_another_machine_is_left_alone_until_it_is_dead(at):
     retry = here.claim()  # the same settings, and what was reported
     assert (retry.trial.number, retry.settings) == (2, claim.settings)
     assert here.trials[2].intermediate_values == {1: 0.25}
-    assert here.claim().trial.number == 3  # a retry is not one of the three trials
+    last = here.claim()
+    assert last.trial.number == 3  # a retry is not one of the three trials
     assert here.claim() is None and there.claim() is None
 
 
