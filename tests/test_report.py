@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from yolo_sophia.compare import figures
+from yolo_sophia.compare import pairwise as pairwise_statistics
 from yolo_sophia.compare import plan as planning
 from yolo_sophia.compare.pairwise import cost_ratio, final_difference, horizon_score
 from yolo_sophia.compare.plan import Arm, Plan, plan_yaml, runs
@@ -259,6 +260,15 @@ def test_runs_that_did_not_finish_are_shown(whole):
     assert f"Traceback\nRuntimeError: {NASTY} ```` a|b" in shown.text
     states = Counter(row[1] for row in shown.table("Every run of the plan")[1:])
     assert states == {"finished": 23, "failed": 1}
+
+
+def test_statistics_are_computed_once(tmp_path, monkeypatch):
+    """The sections render numbers: the bootstrap runs once for each arm, data set and axis."""
+    made, median_ratio = [], pairwise_statistics.median_ratio
+    monkeypatch.setattr(pairwise_statistics, "median_ratio", lambda ratios: made.append(ratios) or median_ratio(ratios))
+    plan = make_plan(tmp_path, data=("bccd.yaml", "kitti.yaml"), horizons=(1.0, 0.5))
+    write_report(plan, make_results(plan), tmp_path)
+    assert len(made) == 2 * 2 * 3
 
 
 def test_horizon_table(whole):

@@ -110,8 +110,6 @@ def test_cost_is_that_of_the_first_epoch_at_or_above_the_target():
     assert cost_to_target(curve, 0.61, "steps") == INF
     assert cost_to_target(run("A", 0, NAN, INF, 0.5), 0.5, "steps") == 30  # neither reaches anything
     assert cost_to_target(run("A", 0, 0.1, 0.6, failed=True), 0.5, "steps") == INF  # got there, then crashed
-    with pytest.raises(ValueError, match="axis 'epochs'"):
-        cost_to_target(curve, 0.5, "epochs")
 
 
 def test_default_target():
@@ -124,12 +122,6 @@ def test_default_target():
     assert default_target([*curves, run("A", 3, 0.8, NAN)], "A", "d") == 0.4  # 0 .4 .5 .7
     assert default_target([run("A", 0, 0.0)], "A", "d") is None
     assert default_target([run("A", 0, 0.3, failed=True)], "A", "d") is None
-    with pytest.raises(ValueError, match=r"no run has arm 'B'; there are \['A', 'S'\]"):
-        default_target(curves, "B", "d")
-    with pytest.raises(ValueError, match=r"no run has data 'coco'; there are \['d'\]"):
-        default_target(curves, "A", "coco")
-    with pytest.raises(ValueError, match=r"seeds \[0\] occur more than once"):
-        default_target([*curves, run("A", 0, 0.4)], "A", "d")
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 4, 5])
@@ -137,13 +129,6 @@ def test_the_reference_reaches_its_own_target_in_most_seeds(seeds):
     curves = [run("A", seed, 0.1, 0.2 + 0.1 * seed) for seed in range(seeds)]
     summary = summarize(curves, "A", "d", default_target(curves, "A", "d"))
     assert summary.cost["steps"] == 20 and summary.missed == (seeds - 1) // 2
-
-
-@pytest.mark.parametrize("target", [0, 1.01, 50, NAN, -0.1])
-def test_a_target_out_of_range_is_refused(target):
-    for compare in (cost_ratio, horizon_score):
-        with pytest.raises(ValueError, match="above 0 and at most 1"):
-            compare(reaching("A", 1), "A", "A", "d", target=target)
 
 
 # Means
@@ -176,7 +161,7 @@ def test_summary():
         run("A", 0, 0.9),
     ]
     got = summarize(curves, "S", "d", 0.6)
-    assert (got.seeds, got.failed, got.diverged, got.missed, got.target) == ((0, 1, 2, 3), 1, 2, 2, 0.6)
+    assert (got.seeds, got.failed, got.diverged, got.missed) == ((0, 1, 2, 3), 1, 2, 2)
     assert [m.count for m in (got.final, got.best, got.final50, got.best50)] == [3] * 4
     assert got.final.value == pytest.approx(0.4) and got.best.value == pytest.approx(1.8 / 3)
     assert got.final50.value == pytest.approx(0.65) and got.best50.value == pytest.approx(2.55 / 3)
@@ -327,7 +312,6 @@ def test_final_difference():
     got = final_difference(own + base, "S", "A", "d")
     assert (got.seeds, got.left_out, got.mean.count, got.direction) == ((0, 1, 2), (3, 4, 5), 3, 0)
     assert (got.mean.value, got.mean.low, got.mean.high) == pytest.approx((0.02, -0.0048416, 0.0448416), abs=1e-6)
-    assert final_difference(own + base, "S", "A", "d", "map50").mean.value == pytest.approx(0.02)
     assert final_difference(own[:1] + base[:1], "S", "A", "d").mean.low is None
 
 
@@ -341,7 +325,7 @@ def test_direction_of_the_final_difference(gap, direction):
     ("low", "high", "direction"), [(0.0004, 0.02, 0), (0.0006, 0.02, 1), (-0.02, -0.0004, 0), (-0.02, -0.0006, -1)]
 )
 def test_a_final_difference_is_shown_only_if_the_printed_interval_shows_it(low, high, direction):
-    assert Difference("S", "A", "d", "map50", (), (), Mean(0.0, low, high, 5)).direction == direction
+    assert Difference("S", "A", "d", (), (), Mean(0.0, low, high, 5)).direction == direction
 
 
 # Horizons
@@ -397,8 +381,6 @@ def test_control():
     other = [run("A2", 0, 0.1, 0.5), run("A2", 1, 0.2, NAN), run("A2", 0, 0.3125, horizon=0.5)]
     got = control(one + other, "A", "A2")
     assert got.largest == pytest.approx(0.0125) and got.where == ("d", 0, 0.5)
-    with pytest.raises(ValueError, match="nothing to compare"):
-        control(one, "A", "A2")
 
 
 @pytest.mark.parametrize(
@@ -436,16 +418,6 @@ def test_profiles_of_ties_and_of_the_whole_grid():
     late = profiles({"S": {"x": 13 * 1.3}, "A": {"x": 13.0}}, (1, 1.3, 4))[0]  # 13 * 1.3 / 13 > 1.3 by rounding
     assert late.fractions == (0, 1, 1) and late.area == pytest.approx(2.7 / 3)
     assert profiles({"S": {"x": 100.0}, "A": {"x": 1.0}})[0].area == 0
-
-
-def test_profiles_refuse_what_they_cannot_compare():
-    with pytest.raises(ValueError, match=r"'A' has no cost on \['y'\]"):
-        profiles({"S": {"x": 1, "y": 2}, "A": {"x": 1}})
-    with pytest.raises(ValueError, match=r"'A' has no cost on \['x'\]"):
-        profiles({"S": {"x": 1}, "A": {"x": NAN}})
-    for taus in [(1,), (2, 3), (1, 1), (1, 3, 2)]:
-        with pytest.raises(ValueError, match="increase from 1"):
-            profiles({"S": {"x": 1}}, taus)
 
 
 # Sentences
@@ -522,9 +494,8 @@ def test_verdict_says_what_it_leaves_out():
     assert named(own, reaching("A", *[10] * 5)).endswith(" Crashed runs count as misses: SophiaG 1, AdamW 0.")
 
 
-def test_verdict_on_other_axes():
+def test_verdict_on_training_time():
     own, base = reaching("S", *[8] * 5), reaching("A", *[10] * 5)
-    assert named(own, base, axis="images").endswith("its images (0.80-0.80, 5 seeds): fewer images.")
     assert named(base, own, axis="seconds").endswith("training time (1.25-1.25, 5 seeds): more training time.")
 
 
@@ -537,8 +508,6 @@ def test_verdict_where_there_is_none():
         "Indicative only: SophiaG missed mAP50-95 0.500 in 1 of 1 seed, AdamW in 1 of 1 seed: no verdict."
     )
     assert "no seed in common" in named(reaching("S", 1, seeds=(1,)), reaching("A", 1, seeds=(2,)))
-    own = cost_ratio([run("A", s, 0.4 + 0.1 * s) for s in range(3)], "A", "A", "d")
-    assert verdict.cost_sentence(own) == "A is the reference; it missed A's final mAP50-95 in 1 of 3 seeds."
 
 
 def test_horizon_verdict():
@@ -557,8 +526,8 @@ def test_horizon_verdict():
     many = planned("A", h100=(0.5,) * 5, h80=(0.5,) * 5)
     alone = horizon_score(many, "A", "A", "d")
     assert verdict.horizon_sentence(alone, alone) == (
-        "A's shortest planned schedule that ends at or above A's final mAP50-95 is 0.8 T (0.8, 1 planned)"
-        " (medians, 5 seeds at least)."
+        "A's shortest planned schedule that ends at or above A's final mAP50-95 is 0.8 T (0.8, 1 planned);"
+        " A's own is 0.8 T (medians, 5 seeds at least)."
     )
     full = horizon_score([run("A", 0, 0.5)], "A", "A", "d")
     assert "were not run over shorter schedules" in verdict.horizon_sentence(full, full)
@@ -575,8 +544,8 @@ def test_difference_verdict():
         " Left out, as not finished in both arms: seed 5."
     )
     alike = [run("S", 0, 0.4999)] + [run("A", 0, 0.5)]
-    assert verdict.difference_sentence(final_difference(alike, "S", "A", "d", "map50")) == (
-        "Indicative only: S's final mAP50 minus A's is +0.000 (no interval, 1 seed): no difference shown."
+    assert verdict.difference_sentence(final_difference(alike, "S", "A", "d")) == (
+        "Indicative only: S's final mAP50-95 minus A's is +0.000 (no interval, 1 seed): no difference shown."
     )
     crashed = [run("S", 0, 0.5, failed=True), run("A", 0, 0.5)]
     assert "no finished seed in common" in verdict.difference_sentence(final_difference(crashed, "S", "A", "d"))

@@ -7,14 +7,13 @@ the seeds that it is based on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median_low
 
 import numpy as np
 
-from yolo_sophia.compare.score import Curve, Mean, cost_to_target, mean, resolve_target, runs_by_seed
+from yolo_sophia.compare.score import Curve, Mean, cost_to_target, default_target, mean, runs_by_seed
 
 RESAMPLES = 10_000
 TAUS = tuple(np.linspace(1, 4, 100).tolist())  # the grid of AlgoPerf's own scoring
@@ -99,14 +98,13 @@ def median_ratio(ratios: Sequence[float]) -> tuple[float | None, float | None, f
 
 
 def cost_ratio(
-    curves: Iterable[Curve], arm: str, reference: str, data: str, axis: str = "steps", target: float | None = None
+    curves: Sequence[Curve], arm: str, reference: str, data: str, axis: str = "steps", target: float | None = None
 ) -> Ratio:
     """Compare the cost of full runs to `target` (default: `default_target`) with the reference arm's, seed by seed.
 
     A seed in which both arms missed carries no information about the ratio and is excluded.
     """
-    curves = tuple(curves)
-    aim = resolve_target(curves, reference, data, target)
+    aim = target or default_target(curves, reference, data)
     both = own, base = runs_by_seed(curves, arm, data), runs_by_seed(curves, reference, data)
     seeds, unpaired = tuple(seed for seed in own if seed in base), tuple(sorted(own.keys() ^ base.keys()))
     costs = [[cost_to_target(arm_runs[seed], aim, axis) for seed in seeds] for arm_runs in both] if aim else [[], []]
@@ -119,7 +117,7 @@ def cost_ratio(
 
 @dataclass(frozen=True)
 class Difference:
-    """Final mAP of an arm minus that of the reference, paired by seed.
+    """Final mAP50-95 of an arm minus that of the reference, paired by seed.
 
     Attributes:
         seeds: Seeds that both arms have finished.
@@ -130,7 +128,6 @@ class Difference:
     arm: str
     reference: str
     data: str
-    metric: str
     seeds: tuple[int, ...]
     left_out: tuple[int, ...]
     mean: Mean
@@ -141,16 +138,13 @@ class Difference:
         return 0 if self.mean.low is None else (round(self.mean.low, 3) > 0) - (round(self.mean.high, 3) < 0)
 
 
-def final_difference(
-    curves: Iterable[Curve], arm: str, reference: str, data: str, metric: str = "map50_95"
-) -> Difference:
-    """Compare the final mAP (`metric`: "map50_95" or "map50") of full runs with the reference arm's, seed by seed."""
-    curves = tuple(curves)
+def final_difference(curves: Sequence[Curve], arm: str, reference: str, data: str) -> Difference:
+    """Compare the final mAP50-95 of full runs with the reference arm's, seed by seed."""
     own, base = runs_by_seed(curves, arm, data), runs_by_seed(curves, reference, data)
     seeds = tuple(seed for seed in own if seed in base and not own[seed].failed and not base[seed].failed)
     left_out = tuple(sorted((own.keys() | base.keys()) - set(seeds)))
-    gaps = mean(own[seed].final(metric) - base[seed].final(metric) for seed in seeds)
-    return Difference(arm, reference, data, metric, seeds, left_out, gaps)
+    gaps = mean(own[seed].final() - base[seed].final() for seed in seeds)
+    return Difference(arm, reference, data, seeds, left_out, gaps)
 
 
 @dataclass(frozen=True)
@@ -184,12 +178,10 @@ class HorizonScore:
 
 
 def horizon_score(
-    curves: Iterable[Curve], arm: str, reference: str, data: str, target: float | None = None
+    curves: Sequence[Curve], arm: str, reference: str, data: str, target: float | None = None
 ) -> HorizonScore:
     """Find the shortest horizon of `arm` whose median final mAP50-95 reaches the reference arm's over all of T."""
-    curves = tuple(curves)
-    aim = resolve_target(curves, reference, data, target)
-    runs_by_seed(curves, arm, data)  # raises for unknown names and duplicate runs
+    aim = target or default_target(curves, reference, data)
     medians, ranges = [], []
     for horizon in sorted({curve.horizon for curve in curves if (curve.arm, curve.data) == (arm, data)}):
         finals = [-math.inf if run.failed else run.final() for run in runs_by_seed(curves, arm, data, horizon).values()]
@@ -218,24 +210,10 @@ class Control:
     unpaired: tuple[tuple[str, int, float], ...]
 
 
-def control(curves: Iterable[Curve], first: str, second: str) -> Control:
-    """Compare all runs of two arms with the same settings; on one machine they should be equal.
-
-    Raises:
-        ValueError: They have no run in common.
-    """
-    curves = tuple(curves)
-    one, two = (
-        {
-            (data, seed, horizon): run
-            for data, horizon in {(curve.data, curve.horizon) for curve in curves if curve.arm == arm}
-            for seed, run in runs_by_seed(curves, arm, data, horizon).items()
-        }
-        for arm in (first, second)
-    )
+def control(curves: Sequence[Curve], first: str, second: str) -> Control:
+    """Compare the common runs of two arms with the same settings; on one machine they should be equal."""
+    one, two = ({(c.data, c.seed, c.horizon): c for c in curves if c.arm == arm} for arm in (first, second))
     common, unpaired = sorted(one.keys() & two.keys()), tuple(sorted(one.keys() ^ two.keys()))
-    if not common:
-        raise ValueError(f"{first!r} and {second!r} have no data set, seed and horizon in common: nothing to compare.")
     where = max(common, key=lambda key: _largest_gap(one[key], two[key]))
     largest = _largest_gap(one[where], two[where])
     return Control(first, second, len(common), largest, where if largest else None, unpaired)
@@ -267,20 +245,11 @@ class Profile:
 
 
 def profiles(costs: Mapping[str, Mapping[str, float]], taus: Sequence[float] = TAUS) -> tuple[Profile, ...]:
-    """Compute performance profiles from `costs[arm][data]`, infinity for a miss.
+    """Compute performance profiles from `costs[arm][data]`, infinity for a miss; all arms have the same data sets.
 
     A data set that no arm solved counts against every arm. Profiles depend on the set of arms compared.
-
-    Raises:
-        ValueError: An arm lacks a data set, a cost is NaN or negative, or `taus` do not increase from 1.
     """
-    taus = tuple(taus)
-    if len(taus) < 2 or taus[0] != 1 or any(b <= a for a, b in pairwise(taus)):
-        raise ValueError(f"taus must be at least two factors that increase from 1; found {taus}.")
-    names = sorted({data for own in costs.values() for data in own})
-    for arm, own in costs.items():
-        if wrong := [data for data in names if not own.get(data, math.nan) >= 0]:
-            raise ValueError(f"{arm!r} has no cost on {wrong}. Exclude these data sets for all arms, or run them.")
+    names = list(next(iter(costs.values())))
     best = {data: min(own[data] for own in costs.values()) for data in names}
     found = []
     for arm, own in costs.items():

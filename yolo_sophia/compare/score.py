@@ -108,19 +108,8 @@ def _or_zero(value: float) -> float:
 
 
 def runs_by_seed(curves: Iterable[Curve], arm: str, data: str, horizon: float = FULL) -> dict[int, Curve]:
-    """Return the runs of one arm, data set and horizon by seed, in order of seed.
-
-    Raises:
-        ValueError: No run has this arm or data set, or two runs are the same in arm, data set, seed and horizon.
-    """
-    curves = tuple(curves)
-    for kind, wanted in (("arm", arm), ("data", data)):
-        if wanted not in (known := {getattr(curve, kind) for curve in curves}):
-            raise ValueError(f"no run has {kind} {wanted!r}; there are {sorted(known)}.")
+    """Return the runs of one arm, data set and horizon by seed, in order of seed."""
     found = [curve for curve in curves if (curve.arm, curve.data, curve.horizon) == (arm, data, horizon)]
-    seeds = [curve.seed for curve in found]
-    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        raise ValueError(f"{arm!r} on {data!r} at horizon {horizon}: seeds {twice} occur more than once.")
     return {curve.seed: curve for curve in sorted(found, key=lambda curve: curve.seed)}
 
 
@@ -137,23 +126,8 @@ def default_target(curves: Iterable[Curve], reference: str, data: str) -> float 
     return (median_low(finals) or None) if finals else None
 
 
-def resolve_target(curves: Iterable[Curve], reference: str, data: str, target: float | None) -> float | None:
-    """Return `target`, checked, or `default_target` if it is None.
-
-    Raises:
-        ValueError: The target is not an mAP50-95 above 0 and at most 1.
-    """
-    if target is None:
-        return default_target(curves, reference, data)
-    if not 0 < target <= 1:
-        raise ValueError(f"target {target}: expected an mAP50-95 above 0 and at most 1, as a fraction.")
-    return target
-
-
 def cost_to_target(curve: Curve, target: float, axis: str) -> float:
     """Return the cost (`axis`) of the first epoch with a finite mAP50-95 >= `target`; infinity if missed or failed."""
-    if axis not in AXES:
-        raise ValueError(f"axis {axis!r}: expected one of {AXES}.")
     reached = (cost for cost, value in zip(getattr(curve, axis), curve.map50_95) if target <= value < math.inf)
     return math.inf if curve.failed else float(next(reached, math.inf))
 
@@ -201,14 +175,11 @@ class Summary:
         failed: Number of crashed runs. The means exclude them, so they flatter an arm with crashes.
         diverged: Number of diverged runs; a run may be both.
         final, best, final50, best50: Final and best mAP50-95, then mAP50.
-        target: mAP50-95 to reach; None without a target.
         missed: Number of runs that missed it, failed runs included.
         costs: Cost of each seed per axis, infinity for a miss; empty without a target.
         cost: Median of `costs` per axis; None without a target.
     """
 
-    arm: str
-    data: str
     seeds: tuple[int, ...]
     failed: int
     diverged: int
@@ -216,14 +187,13 @@ class Summary:
     best: Mean
     final50: Mean
     best50: Mean
-    target: float | None
     missed: int | None
     costs: Mapping[str, tuple[float, ...]]
     cost: Mapping[str, float | None]
 
 
 def summarize(curves: Iterable[Curve], arm: str, data: str, target: float | None) -> Summary:
-    """Summarize the full runs of an arm on a data set; `target` as from `resolve_target`."""
+    """Summarize the full runs of an arm on a data set."""
     own = tuple(runs_by_seed(curves, arm, data).values())
     done = [run for run in own if not run.failed]
     metrics = [mean(value(run, metric) for run in done) for metric in METRICS for value in (Curve.final, Curve.best)]
@@ -231,4 +201,4 @@ def summarize(curves: Iterable[Curve], arm: str, data: str, target: float | None
     missed = sum(map(math.isinf, costs["steps"])) if target else None
     medians = {axis: median(values) if values else None for axis, values in costs.items()}
     seeds, diverged = tuple(run.seed for run in own), sum(run.diverged for run in own)
-    return Summary(arm, data, seeds, len(own) - len(done), diverged, *metrics, target, missed, costs, medians)
+    return Summary(seeds, len(own) - len(done), diverged, *metrics, missed, costs, medians)

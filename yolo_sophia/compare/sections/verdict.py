@@ -24,7 +24,6 @@ from yolo_sophia.report.formatting import TIMES, count, ratio_number
 ENOUGH = 5  # paired seeds
 WORDS = {  # axis -> what is saved, less of it, more of it
     "steps": ("steps", "fewer steps", "more steps"),
-    "images": ("images", "fewer images", "more images"),
     "seconds": ("training time", "less training time", "more training time"),
 }
 BATCH_NORM = {
@@ -95,8 +94,6 @@ def cost_sentence(ratio: Ratio) -> str:
         return f"{arm} and {base} have no seed in common on {ratio.data}: no verdict."
     if ratio.target is None:
         return f"{base} has no final mAP50-95 above 0 on {ratio.data}, so there is nothing to reach: no verdict."
-    if arm == base:
-        return f"{arm} is the reference; it missed {aim} in {_of(ratio.missed[0], paired)}."
     misses = f"{arm} missed {{}} in {_of(ratio.missed[0], paired)}, {base} in {_of(ratio.missed[1], paired)}"
     end = {-1: less, 0: "no difference shown", 1: more}[ratio.direction]
     if ratio.value is not None and 0 < ratio.value < math.inf:
@@ -131,22 +128,20 @@ def horizon_sentence(score: HorizonScore, own: HorizonScore) -> str:
         )
     if score.missed_longer:
         text += f", although {', '.join(f'{horizon:g} T' for horizon in score.missed_longer)} missed it"
-    if arm != base:
-        text += f"; {base} has none" if own.shortest is None else f"; {base}'s own is {own.shortest:g} T"
-        text += "" if planned == theirs else ", but the two ran different ones"
+    text += f"; {base} has none" if own.shortest is None else f"; {base}'s own is {own.shortest:g} T"
+    text += "" if planned == theirs else ", but the two ran different ones"
     fewest = min(seeds for one in (score, own) for *_, seeds in one.medians)
     return _qualified(fewest, f"{text} (medians, {count(fewest, 'seed')} at least).")
 
 
 def difference_sentence(gap: Difference) -> str:
     """Which arm has the higher final mAP, if the interval shows it."""
-    metric = {"map50_95": "mAP50-95", "map50": "mAP50"}[gap.metric]
     value, low, high = gap.mean.value, gap.mean.low, gap.mean.high
     if value is None:
         return f"{gap.arm} and {gap.reference} have no finished seed in common on {gap.data}: no verdict."
     spread = "no interval" if low is None else f"{_gap(low)} to {_gap(high)}"
     end = {-1: "lower", 0: "no difference shown", 1: "higher"}[gap.direction]
-    paired = f"{gap.arm}'s final {metric} minus {gap.reference}'s is {_gap(value)}"
+    paired = f"{gap.arm}'s final mAP50-95 minus {gap.reference}'s is {_gap(value)}"
     text = f"{paired} ({spread}, {count(gap.mean.count, 'seed')}): {end}."
     return _qualified(gap.mean.count, text) + _left_out(gap.left_out, "not finished in both arms")
 
