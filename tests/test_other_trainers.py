@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from yolo_sophia import install
@@ -212,6 +213,49 @@ def test_a_model_of_other_parameters_ends_in_an_error(train):
         trainer.model = copy.deepcopy(trainer.model)
 
     assert "found none of the optimizer's parameters" in train(on_train_start=exchange).error
+
+
+# Terms that are absent -----------------------------------------------------------------------------------------------
+
+
+class WithExtra(DetectionModel):
+    """A detector with a parameter that only a term of its own loss trains."""
+
+    def loss(self, batch, *predictions):
+        total, items = super().loss(batch, *predictions)
+        return total + self.extra.square().sum(), items
+
+
+class NoObjectsAtFirst(DetectionTrainer):
+    """The first batch has no objects, so that its estimate has no terms of boxes; the next one of its window has."""
+
+    batches, extra = 0, False
+
+    def get_model(self, cfg=None, weights=None, verbose=True):
+        model = super().get_model(cfg, weights, verbose)
+        if self.extra:
+            model.__class__ = WithExtra
+            model.extra = torch.nn.Parameter(torch.ones(3))
+        return model
+
+    def preprocess_batch(self, batch):
+        batch = super().preprocess_batch(batch)
+        self.batches += 1
+        return (
+            {**batch, **{key: batch[key][:0] for key in ("cls", "bboxes", "batch_idx")}} if self.batches == 1 else batch
+        )
+
+
+class WithExtraTerm(NoObjectsAtFirst):
+    extra = True
+
+
+@pytest.mark.parametrize("trainer", [NoObjectsAtFirst, WithExtraTerm])
+def test_unknown_curvature_is_reported_once_and_not_for_want_of_objects(trainer, train):
+    run = train(trainer, nbs=8, epochs=2, hessian_interval=1)
+    assert run.error is None and len(run.hessians) == 4
+    said = [line for line in run.warnings if "whose curvature is not known here" in line]
+    assert [line.rpartition(": ")[2] for line in said] == ["extra"] * trainer.extra
 
 
 # Parameters that are frozen and unfrozen ------------------------------------------------------------------------------

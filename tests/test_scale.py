@@ -267,6 +267,17 @@ def test_short_last_batch_counts_images(tiny_run, fraction, estimated, factors):
     assert check_factors(trainer, estimated) == factors
 
 
+def test_a_last_batch_of_too_few_images_gives_no_estimate(tiny_run):
+    """BatchNorm's statistics over one image would bias h; the next micro-batch gives the estimate."""
+    trainer = train(Watched, tiny_run, batch=5, nbs=5, epochs=2)
+    assert trainer.windows == [[5], [5], [5], [1]] * 2
+    assert [commit.step for commit in trainer.commits] == [0, 1, 2, 4, 5, 6]
+    joined = train(Watched, tiny_run, batch=5, nbs=20, epochs=2, fraction=0.4)  # 6 images: batches of 5 and 1
+    assert all(commit.images[1] == 5 for commit in joined.commits)
+    small = train(Watched, tiny_run, batch=1, nbs=1, epochs=1)
+    assert check_factors(small) == [1.0] * 16
+
+
 def test_cleared_gradients_begin_a_new_window(tiny_run):
     """Ultralytics clears them after a failed epoch and when it ran out of memory: the estimate goes with them."""
 

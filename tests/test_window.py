@@ -50,14 +50,14 @@ def test_one_value_that_is_not_finite_is_found(value):
 
 def test_a_trainable_parameter_without_an_update_or_an_estimate_is_lacking():
     params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(3), requires_grad=False)]
-    made = Window()
-    assert made.lacks(params, [False, False])
-    assert not made.lacks(params, [True, False])  # the second is frozen
+    made, both, second = Window(), [*enumerate(params)], [(1, params[1])]
+    assert made.lacks(both)
+    assert not made.lacks(second)  # it is frozen
     made.stage([torch.ones(3), None], 4)
-    assert not made.lacks(params, [False, False])
+    assert not made.lacks(both)
     params[1].requires_grad_(True)
-    assert made.lacks(params, [True, False])
-    assert not made.lacks(params, [True, True])
+    assert made.lacks(second)
+    assert not made.lacks([])
 
 
 @pytest.mark.parametrize(("other_known", "known"), [(True, True), (False, None)])

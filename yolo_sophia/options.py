@@ -137,7 +137,7 @@ OPTIONS: Mapping[str, Option] = _by_name(
     Option(
         "hessian_fraction",
         float,
-        "Fraction of a batch that an estimate uses, at least four images. 1: all images, through the training graph.",
+        "Fraction of a batch that an estimate uses, at least four images. 1: all images.",
         1.0,
         low=0,
         high=1,

@@ -102,7 +102,8 @@ class Session:
         self.window = Window()
         self.passes = EstimatePass(unwrap(trainer.model))
         self._built = [{key: own for key, own in g.items() if key != "params"} for g in optimizer.param_groups]
-        self._updated: list[bool] = []  # whether h of each parameter has been updated; empty where it is not known
+        self._never_updated: list[tuple[int, Tensor]] | None = None  # None: look them up
+        self._parameter_count = 0
         self._probe: LossProbe | None = None
         self._probed = self._searched_unreached = self._out_of_memory = False
         self._skipped_steps = self._steps_without_batch = 0
@@ -180,11 +181,11 @@ class Session:
 
     def _estimate_is_due(self, parameters: list[Tensor], images: int) -> bool:
         """Whether to estimate on this micro-batch: by the schedule, or for a parameter that never had an update."""
-        if len(self._updated) != len(parameters):
-            states = self.optimizer.state
-            self._updated = [p in states and states[p]["hessian_updates"] > 0 for p in parameters]
-        lacking = self.window.lacks(parameters, self._updated)
-        if not lacking and (self.window.staged is not None or not self.schedule.due):
+        if self._never_updated is None or self._parameter_count != len(parameters):
+            states, self._parameter_count = self.optimizer.state, len(parameters)
+            updated = [p in states and states[p]["hessian_updates"] > 0 for p in parameters]
+            self._never_updated = [(i, p) for i, p in enumerate(parameters) if not updated[i]]
+        if not self.window.lacks(self._never_updated) and (self.window.staged is not None or not self.schedule.due):
             return False
         # BatchNorm's statistics over the few images of a short last batch would bias h. All ranks must decide alike.
         distributed = dist.is_available() and dist.is_initialized()
@@ -295,7 +296,7 @@ class Session:
         elif self.window.is_finite():
             self._warn_of_the_unreached()
             self.optimizer.update_hessian(self.window.staged)
-            self._updated = []
+            self._never_updated = None
             self.schedule.updated()
             self.trainer.run_callbacks("on_hessian_update")
         else:
@@ -373,7 +374,7 @@ class Session:
         for group, built in zip(self.optimizer.param_groups, self._built):
             for key, value in built.items():
                 group.setdefault(key, value)
-        self._updated = []
+        self._never_updated = None
         # NaN recovery redoes an epoch from the checkpoint: what was sampled in the bad one is no part of its row.
         self.monitor.reset()
 

@@ -56,17 +56,13 @@ class Window:
         """Discard the staged estimate."""
         self.staged, self.staged_images = None, 0
 
-    def lacks(self, parameters: Iterable[Tensor], updated: Iterable[bool]) -> bool:
+    def lacks(self, never_updated: Iterable[tuple[int, Tensor]]) -> bool:
         """Whether a trainable parameter has had no Hessian update, and has no staged estimate.
 
         Args:
-            parameters: All parameters, in the order of the estimates.
-            updated: For each of them, whether h has been updated at least once.
+            never_updated: The parameters whose h has never been updated, with their places among the estimates.
         """
-        for i, (p, done) in enumerate(zip(parameters, updated)):
-            if p.requires_grad and not done and (self.staged is None or self.staged[i] is None):
-                return True
-        return False
+        return any(p.requires_grad and (self.staged is None or self.staged[i] is None) for i, p in never_updated)
 
     def scale(self, exponent: int = 1, known: bool = True) -> bool | None:
         """Sum the staged estimate over the ranks and scale it from its images to those of the window, in place.
