@@ -258,6 +258,20 @@ def test_killed_and_restarted_gives_the_table_of_an_uninterrupted_comparison(tin
     assert len(read_curve(first)) == EPOCHS
 
 
+def test_listed_classes_keep_their_labels(tiny_data, tiny_model, tmp_path):
+    """With all six classes listed, the training is that without a list."""
+    words = [
+        f"data={tiny_data}", f"model={tiny_model}", "imgsz=64", "batch=8", "epochs=1", "device=cpu", "seeds=1",
+        f"out={tmp_path / 'out'}",
+    ]  # fmt: skip
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("arms: {all: {optimizer: SGD}, listed: {optimizer: SGD, classes: '0,1,2,3,4,5'}}")
+    words.append(f"plan={plan}")
+    Command(words).end()
+    one, other = (read_curve(tmp_path / "out" / "runs" / run.key) for run in runs(parse(words)))
+    assert without_seconds(one) == without_seconds(other) and one[0]["train/box_loss"] > 0
+
+
 def test_ctrl_c_is_one_line_and_leaves_the_run_resumable(story):
     err = story.commands["stopped"].err
     assert err.splitlines()[-1] == "yolo-sophia: stopped; the same command goes on from here"

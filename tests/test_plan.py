@@ -14,11 +14,12 @@ from ultralytics.cfg import merge_equals_args, parse_key_value_pair
 from yolo_sophia import cli
 from yolo_sophia.compare.plan import KEYS, Plan, build, parse, plan_yaml, runs
 from yolo_sophia.compare.tuning import check_tuning, tune_plans
+from yolo_sophia.integration.measure import measure_step
 from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.runs.progress import duration, eta_seconds
 from yolo_sophia.runs.run import data_name, make_run
 from yolo_sophia.runs.scheduler import Progress, last_lines
-from yolo_sophia.runs.worker import write_order
+from yolo_sophia.runs.worker import read_order, write_order
 from yolo_sophia.search_space import SPACES
 from yolo_sophia.tune.plan import parse as tune_parse
 
@@ -177,6 +178,27 @@ def test_a_word_means_what_it_means_in_yolo_train(word, tmp_path, monkeypatch):
     assert made.common[key] == arms(made)["SGD"][key] == expected
     again = from_file(tmp_path, plan_yaml(made))
     assert again.common[key] == expected and runs(again) == runs(made)
+
+
+def test_a_worker_gets_what_the_plan_has(tmp_path):
+    """JSON has no tuples; Ultralytics takes some for what lists are not."""
+    (run,) = runs(parse([*(f"{k}={v}" for k, v in BASE.items()), "optimizers=SGD", "seeds=1", "classes=0,3", "time=1"]))
+    write_order(tmp_path, run, 2)
+    assert read_order(tmp_path)["arguments"] == dict(run.arguments) and run.arguments["classes"] == (0, 3)
+
+
+def test_a_measured_step_has_the_models_channels(tiny_model, tmp_path):
+    import torch
+    from ultralytics.nn.tasks import DetectionModel
+
+    network = DetectionModel(str(tiny_model), ch=1, verbose=False)
+    torch.save({"model": network, "train_args": {}}, tmp_path / "one.pt")
+    threads = torch.get_num_threads()
+    try:
+        _, parameters, _ = measure_step(str(tmp_path / "one.pt"), 2, 64, 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert parameters == sum(p.numel() for p in network.parameters())
 
 
 @pytest.mark.compat

@@ -39,6 +39,7 @@ from yolo_sophia.runs.scheduler import folder_of
 from yolo_sophia.runs.worker import CHECKPOINT, CURVE, LOG, RECEIPT, read_curve, read_order
 from yolo_sophia.search_space import Range, merged
 from yolo_sophia.tune import command, figures
+from yolo_sophia.tune.best_settings import best_settings
 from yolo_sophia.tune.plan import SAMPLERS, TunePlan, parse, plan_yaml
 from yolo_sophia.tune.report import compose, write_report
 from yolo_sophia.tune.study import SharedStudy
@@ -194,6 +195,16 @@ def test_a_missing_package_is_one_line(sampler, package, monkeypatch, capsys, tm
         error == f'yolo-sophia: tune needs the package {package}, which is missing: pip install "yolo-sophia[tune]".\n'
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_choices_of_a_space_are_read_as_words():
+    made = plan(space="{'freeze': {choices: ['0,1', 2, 'None']}, 'cache': ['ram', 'False']}")
+    (run,) = made.runs({"freeze": "0,1", "cache": "ram"})
+    assert (run.arguments["freeze"], run.arguments["cache"]) == ((0, 1), "ram")
+    (run,) = made.runs({"freeze": "None", "cache": "False"})
+    assert (run.arguments["freeze"], run.arguments["cache"]) == (None, False)
+    text = best_settings(made, {"freeze": "0,1"}, 0.5, 3).files["best-arguments.yaml"]
+    assert yaml.safe_load(text)["freeze"] == [0, 1]
 
 
 # Trials ---------------------------------------------------------------------------------------------------------------
@@ -487,7 +498,7 @@ def test_an_interrupted_trial_of_this_folder_keeps_its_number_however_late(at):
 def test_the_preset_is_what_was_found(tuned):
     view = tuned(space="{'beta2': [0.8, 0.99], 'hessian_interval': [2, 20, 'int']}", weight_decay=0.01, trials=5)
     path = view.plan.out / "best.yaml"
-    path.write_text(view.outcome.files["best.yaml"])
+    path.write_text(view.best_settings.files["best.yaml"])
     preset = load_preset(str(path))
     published = load_preset("published")
     assert dict(preset.settings) == {
@@ -500,15 +511,18 @@ def test_the_preset_is_what_was_found(tuned):
     assert preset.origins["weight_decay"] == "study SophiaG-bccd: given, not varied"
     assert preset.origins["momentum"] == f"preset published: {published.origins['momentum']}"
     assert resolve({"sophia": str(path)}, {"sophia"}, Facts(False)).values["beta2"] == view.best.settings["beta2"]
-    assert f"sophia={path}" in view.outcome.command and list(view.outcome.files) == ["best.yaml"]
+    assert f"sophia={path}" in view.best_settings.command and list(view.best_settings.files) == ["best.yaml"]
 
 
 def test_arguments_that_no_preset_has_come_beside_it(tuned):
     view = tuned(space="{'box': [5.0, 9.0]}", trials=2)
     beside = view.plan.out / "best-arguments.yaml"
-    assert yaml.safe_load(view.outcome.files[beside.name]) == {"optimizer": "SophiaG", "box": view.best.settings["box"]}
-    assert view.outcome.command.startswith(f"yolo train cfg={beside} ")
-    assert "box" not in yaml.safe_load(view.outcome.files["best.yaml"])["settings"]
+    assert yaml.safe_load(view.best_settings.files[beside.name]) == {
+        "optimizer": "SophiaG",
+        "box": view.best.settings["box"],
+    }
+    assert view.best_settings.command.startswith(f"yolo train cfg={beside} ")
+    assert "box" not in yaml.safe_load(view.best_settings.files["best.yaml"])["settings"]
 
 
 @pytest.mark.parametrize(
@@ -518,14 +532,14 @@ def test_arguments_that_no_preset_has_come_beside_it(tuned):
 def test_arguments_of_other_optimizers(optimizer, given, tuned):
     view = tuned(optimizer=optimizer, trials=2, **given)
     path = view.plan.out / "best.yaml"
-    path.write_text(view.outcome.files["best.yaml"])
+    path.write_text(view.best_settings.files["best.yaml"])
     content = yaml.safe_load(path.read_text())
     assert content == {**content, "optimizer": optimizer, **view.best.settings}
     assert ("momentum" in content) == ("momentum" in given)
     validate_arguments(content)
     if optimizer == "AdamW":
         assert vars(get_cfg(path)).items() >= content.items()
-    assert view.outcome.command.startswith(f"yolo train cfg={path} ")
+    assert view.best_settings.command.startswith(f"yolo train cfg={path} ")
 
 
 def test_the_report(tuned):

@@ -1,6 +1,6 @@
 """The best settings as a file to train with: a preset for Sophia, arguments for any other optimizer.
 
-The rule: every number in a preset says where it comes from: this study, what was given to it, or the preset below.
+Every number in the preset has an origin: this study, an argument of the study, or the preset that it started from.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import yaml
 
 from yolo_sophia.options import OPTIONS, ULTRALYTICS_ARGS
 from yolo_sophia.runs.run import data_name
-from yolo_sophia.tune.plan import TunePlan
+from yolo_sophia.tune.plan import TunePlan, as_arguments
 
 BEST, ARGUMENTS = "best.yaml", "best-arguments.yaml"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BestSettings:
     """Files by name, and the command that trains with them."""
 
     files: Mapping[str, str]
     command: str
 
 
-def outcome(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: int) -> Outcome:
+def best_settings(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: int) -> BestSettings:
     """The best settings of a study.
 
     Args:
@@ -38,6 +38,7 @@ def outcome(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: i
     """
     from yolo_sophia.integration.arguments import canonical_optimizer
 
+    settings = as_arguments(settings)
     name = canonical_optimizer(plan.arm.arguments["optimizer"])
     where = f"model={plan.fixed['model']} data={plan.data[0]}"
     found = f"best of {trials} trials, mAP50-95 {value:.4f}: {_length(plan)}"
@@ -45,15 +46,14 @@ def outcome(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: i
     if name is None:
         given = {key: plan.fixed[key] for key in ULTRALYTICS_ARGS if key in plan.fixed}
         text = _arguments(plan, {**given, **plan.arm.arguments, **settings}, found)
-        return Outcome({BEST: text}, f"yolo train cfg={best} {where}")
+        return BestSettings({BEST: text}, f"yolo train cfg={best} {where}")
     files = {BEST: _preset(plan, name, settings, found)}
     rest = {key: own for key, own in settings.items() if key not in OPTIONS and key not in ULTRALYTICS_ARGS}
     if not rest:
-        return Outcome(files, f"yolo train {where} optimizer={name} sophia={best}")
+        return BestSettings(files, f"yolo train {where} optimizer={name} sophia={best}")
     files[ARGUMENTS] = _arguments(plan, {"optimizer": name, **rest}, found)
-    return Outcome(
-        files, f"yolo train cfg={others} {where} sophia={best}"
-    )  # cfg= first: it replaces what stands before
+    command = f"yolo train cfg={others} {where} sophia={best}"  # cfg= first: it replaces what stands before
+    return BestSettings(files, command)
 
 
 def _length(plan: TunePlan) -> str:
@@ -84,5 +84,6 @@ def _preset(plan: TunePlan, optimizer: str, settings: Mapping[str, Any], found: 
 
 
 def _arguments(plan: TunePlan, content: Mapping[str, Any], found: str) -> str:
-    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"# Tuned by yolo-sophia tune, study {plan.study}; {' '.join(found.split())}\n{text}"

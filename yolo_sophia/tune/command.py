@@ -131,6 +131,6 @@ def finish(view: View) -> int:
     if view.best is None:
         print(f"no trial has finished yet; report: {page}")
         return 1
-    print(f"best: trial {view.best.number}, mAP50-95 {view.best.value:.4f}; use it: {view.outcome.command}")
+    print(f"best: trial {view.best.number}, mAP50-95 {view.best.value:.4f}; use it: {view.best_settings.command}")
     print(f"report: {page}")
     return 0

@@ -130,7 +130,7 @@ class TunePlan(BasePlan):
 
     def runs(self, settings: Mapping[str, Any]) -> list[Run]:
         """The trainings of a trial: every seed on every data set. The same settings give the same runs."""
-        arguments = {**self.fixed, **read_content(settings, ())}
+        arguments = {**self.fixed, **as_arguments(settings)}
         return [
             self.run(f"tune-{self.arm.name}", data, seed, 1.0, arguments)
             for seed, data in product(self.seeds, self.data)
@@ -157,6 +157,11 @@ class TunePlan(BasePlan):
             "space": {key: str(dimension) for key, dimension in self.space.items()},
             "bn_recalibrate": self.bn_recalibrate,
         }
+
+
+def as_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a space as arguments: a choice that is text is read as the same word of `yolo train` would be."""
+    return read_content(settings, ())
 
 
 def parse(words: Sequence[str]) -> TunePlan:
@@ -284,7 +289,7 @@ def _check_samples(space: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> 
     for key, dimension in space.items():
         for value in dimension.samples:
             try:
-                check_values({**fixed, **read_content({key: value}, ())}, f"space: {key}")
+                check_values({**fixed, **as_arguments({key: value})}, f"space: {key}")
             except ValueError as error:
                 hint = " Add 'int' for whole numbers." if "invalid type float" in str(error) else ""
                 raise ValueError(f"{error}{hint}") from None

@@ -41,7 +41,7 @@ def write_report(view: View) -> Path:
     """
     out = view.plan.out
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (view.outcome.files if view.outcome else {}).items():
+    for name, text in (view.best_settings.files if view.best_settings else {}).items():
         atomic_write(out / name, text)
     atomic_write(out / CSV, rows_csv(view))
     return write_document(compose(view), out)
@@ -88,8 +88,8 @@ def _best(view: View) -> list[Block]:
         blocks.append(Text("One seed: differences of a few thousandths may be noise.", "note"))
     if edges := _at_an_edge(view, best):
         blocks.append(Text(f"At the edge of the space: {', '.join(edges)}. Better values may lie beyond.", "warning"))
-    blocks.append(Code(view.outcome.command, "Train with it"))
-    blocks += [Code(text, name) for name, text in view.outcome.files.items()]
+    blocks.append(Code(view.best_settings.command, "Train with it"))
+    blocks += [Code(text, name) for name, text in view.best_settings.files.items()]
     return blocks
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from yolo_sophia.tune.best_settings import Outcome, outcome
+from yolo_sophia.tune.best_settings import BestSettings, best_settings
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS, STATES
 
@@ -102,8 +102,8 @@ class View:
         return same[0] if same else None
 
     @cached_property
-    def outcome(self) -> Outcome | None:
+    def best_settings(self) -> BestSettings | None:
         """The best settings as files; None before a trial has finished."""
         if self.best is None:
             return None
-        return outcome(self.plan, self.best.settings, self.best.value, len(self.trials))
+        return best_settings(self.plan, self.best.settings, self.best.value, len(self.trials))
