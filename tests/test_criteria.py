@@ -86,7 +86,8 @@ def exact_diagonal(model: nn.Module, batch: dict, params: list, functions: tuple
     for name, output, leaf in heard:
         if output.requires_grad:
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-            # The absolute error is the likelihood of a Laplace distribution: its slope is its Fisher information.
+            # The convention for an absolute error: a Laplace distribution of scale 1, whose Fisher information is the
+            # slope of the loss.
             flat = name == "l1_loss"
             outputs.append(output)
             curvatures.append(gradient.abs() if flat else torch.autograd.grad(gradient.sum(), leaf)[0])

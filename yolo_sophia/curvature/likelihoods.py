@@ -103,7 +103,8 @@ class Categorical:
 class Laplace:
     """Absolute error, summed: sum c |f - t|, the NLL of a Laplace distribution of scale 1.
 
-    Its Hessian is 0 almost everywhere; its Fisher information is 1.
+    Its Hessian is 0 almost everywhere. The Fisher information 1 stands in for it. It depends on the unit of f: a scale
+    of 1 is a convention.
 
     Attributes:
         output: f, any shape.

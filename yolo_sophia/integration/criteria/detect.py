@@ -4,8 +4,9 @@ v8DetectionLoss (ultralytics/utils/loss.py), with B images, TSS = max(sum of tar
 score of the foreground anchor i:
     class scores  sum  (cls B class_weight_k / TSS) BCE          -> Bernoulli
     DFL           sum_i (dfl B w_i / (4 TSS)) CE, four sides     -> Categorical
-    or L1         sum_i (dfl B w_i / (4 TSS)) |f - t|, reg_max=1 -> Laplace (YOLO26)
+    or L1         sum_i (dfl B w_i / (4 TSS)) |f - t|, reg_max=1 -> Laplace (YOLO26), f as a fraction of the image
     CIoU          sum_i (box B w_i / TSS) (1 - CIoU_i)           -> Quadratic
+The scale 1 of the Laplace distribution, in the unit of f, is a convention (docs/TASKS.md).
 """
 
 from __future__ import annotations
