@@ -19,6 +19,7 @@ from ultralytics.engine.model import Model
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, ROOT
+from ultralytics.utils import loss as losses
 from ultralytics.utils.patches import torch_load
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
@@ -229,6 +230,7 @@ SETTINGS = {  # those that do not touch each other share a run
     "rect, single_cls": {"rect": True, "single_cls": True},
     "fraction, freeze": {"fraction": 0.5, "freeze": 10, "epochs": 2},
     "frozen head": {"freeze": [22]},
+    "frozen but for the boxes": {"freeze": [*range(22), "22.cv3"]},
     "AutoBatch": {"batch": -1},
     "time": {"time": 1e-9},
     "early stopping": {"epochs": 9, "patience": 1, "val": True},
@@ -251,6 +253,65 @@ def test_setting(name, data, train, tiny_model):
         assert "Closing dataloader mosaic" in run.log
     if "cls_pw" in settings:
         assert trainer.model.class_weights.unique().numel() > 1
+
+
+def test_everything_frozen_ends_as_with_adamw(data, tiny_model, tmp_path):
+    errors = []
+    for optimizer in ("AdamW", "SophiaG"):
+        settings = BASE | {"optimizer": optimizer, "freeze": 23, "project": str(tmp_path / "runs")}
+        with pytest.raises(RuntimeError) as error:
+            YOLO(tiny_model).train(data=data("detect"), **settings)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1] and "does not require grad" in errors[0]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_an_edited_loss_trains_with_one_line(fraction, data, train, tiny_model, monkeypatch):
+    """The class loss of every criterion is reweighted, as by an edit of Ultralytics' source."""
+    original = losses.v8DetectionLoss.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.bce = torch.nn.BCEWithLogitsLoss(reduction="none", pos_weight=torch.tensor(2.0))
+
+    monkeypatch.setattr(losses.v8DetectionLoss, "__init__", init)
+    run = train(tiny_model, data("detect"), hessian_fraction=fraction, batch=8, epochs=2)
+    assert_curved(run.trainer)
+    (line,) = [line for line in run.log.splitlines() if "is not known here" in line]
+    assert "v8DetectionLoss" in line and "differs from that of the loss" in line
+
+
+@pytest.mark.parametrize(("task", "expected"), [("classify", 2), ("detect", 16)])
+def test_out_of_memory_leaves_the_scale_of_h(task, expected, data, train, tiny_model, tmp_path):
+    """Windows of two micro-batches of 8 images: twice the estimate of a mean, 16 / images that of a sum."""
+    model = YOLO(tiny(MODELS / "v8/yolov8-cls.yaml", tmp_path) if task == "classify" else tiny_model)
+    raw, factors, images, sums = [], [], [], [0.0]
+
+    def on_train_start(trainer):
+        estimator = trainer._sophia.estimator
+
+        def estimate(terms, *args):
+            found = estimator(terms, *args)
+            raw.append(sum(float(e.sum()) for e in found if e is not None))
+            if len(raw) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return found
+
+        trainer._sophia.estimator = estimate
+
+    def on_hessian_update(trainer):
+        group = trainer.optimizer.param_groups[0]
+        images.append(max(4, round(8 * group["hessian_fraction"])))
+        states = trainer.optimizer.state.values()
+        sums.append(sum(float(state["hessian"].double().sum()) for state in states))
+        beta2 = group["betas"][1]
+        factors.append((sums[-1] - beta2 * sums[-2]) / (1 - beta2) / raw[-1])
+
+    model.add_callback("on_train_start", on_train_start)
+    model.add_callback("on_hessian_update", on_hessian_update)
+    run = train(model, data(task), batch=8, nbs=16, epochs=4, warmup_epochs=0)
+    assert "out of memory" in run.log and images == [8, 4, 4]
+    assert factors == pytest.approx([expected if task == "classify" else expected / n for n in images], rel=1e-2)
 
 
 @pytest.mark.requires(hasattr(engine, "MultiTrainer"), reason="this Ultralytics trains on one data set")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.compat
 
 TWO_HEADS = hasattr(losses, "E2ELoss")
 FAMILIES = [pytest.param(t, False, id=t) for t in ("detect", "segment", "pose", "obb", "classify")] + [
-    pytest.param(t, True, id=f"{t}26", marks=pytest.mark.skipif(not TWO_HEADS, reason="no YOLO26"))
+    pytest.param(t, True, id=f"{t}26", marks=pytest.mark.requires(TWO_HEADS, reason="no YOLO26"))
     for t in ("detect", "segment", "pose", "obb")
 ]
 
@@ -185,7 +185,7 @@ def test_a_focal_classification_loss_takes_the_fallback(lines):
     assert len(lines.get()) == 1 and "Focal" in lines.get()[0]
 
 
-@pytest.mark.skipif(not TWO_HEADS, reason="no YOLO26")
+@pytest.mark.requires(TWO_HEADS, reason="no YOLO26")
 def test_one_edited_head_of_two_takes_the_fallback(lines):
     model, batch = build("detect", True), batch_of("detect", images=4)
     model.criterion.one2one.bce = nn.BCEWithLogitsLoss(reduction="none", pos_weight=torch.tensor(3.0))
