@@ -13,27 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from yolo_sophia.options import suggestion
-from yolo_sophia.runs.plan import (
-    COUNT,
-    RUN_KEYS,
-    Arm,
-    BasePlan,
-    Key,
-    as_list,
-    bool_key,
-    check_arm,
-    check_engine,
-    choice_key,
-    is_int,
-    plain,
-    read_arguments,
-    read_arms,
-    read_data,
-    read_keys,
-    read_out,
-    read_seeds,
-    to_yaml,
-)
+from yolo_sophia.runs import plan as shared
+from yolo_sophia.runs.checks import as_list, is_int
+from yolo_sophia.runs.plan import Arm, BasePlan, Key
 from yolo_sophia.runs.run import Run
 from yolo_sophia.runs.words import read_content, read_words
 
@@ -72,14 +54,14 @@ KEYS: Mapping[str, Key] = MappingProxyType(
             is_int(0, 10_000),
             "a whole number >= 0, at most 10000",
         ),
-        "tune_epochs": Key("epochs of a trial (default: a third of the run's)", **COUNT),
-        "cut_runs": choice_key(
+        "tune_epochs": Key("epochs of a trial (default: a third of the run's)", **shared.COUNT),
+        "cut_runs": shared.choice_key(
             ("resume", "restart"),
             "what happens to an interrupted run: resume (from its last checkpoint) or restart (then the results are "
             "those of an uninterrupted comparison, which Ultralytics' resume does not give)",
         ),
-        **RUN_KEYS,
-        "dry_run": bool_key("print the plan and an estimate from one measured step, run nothing"),
+        **shared.RUN_KEYS,
+        "dry_run": shared.bool_key("print the plan and an estimate from one measured step, run nothing"),
     }
 )
 
@@ -103,13 +85,13 @@ def build(content: Mapping[str, Any]) -> Plan:
 
 
 def _build(content: Mapping[str, Any]) -> Plan:
-    own, arguments = read_keys(content, KEYS)
-    check_engine(own)
-    common = read_arguments(arguments, KEYS)
-    data = read_data(own["data"])
-    arms = read_arms(own["optimizers"], own["arms"])
+    own, arguments = shared.read_keys(content, KEYS)
+    shared.check_engine(own)
+    common = shared.read_arguments(arguments, KEYS)
+    data = shared.read_data(own["data"])
+    arms = shared.read_arms(own["optimizers"], own["arms"])
     for arm in arms:
-        check_arm(arm, common)
+        shared.check_arm(arm, common)
     names = [arm.name for arm in arms]
     reference = str(own["reference"] or ("AdamW" if "AdamW" in names else names[min(1, len(names) - 1)]))
     if reference not in names:
@@ -120,12 +102,12 @@ def _build(content: Mapping[str, Any]) -> Plan:
     return Plan(
         arms=arms,
         data=data,
-        seeds=read_seeds(own["seeds"]),
+        seeds=shared.read_seeds(own["seeds"]),
         reference=reference,
         common=MappingProxyType(common),
         horizons=tuple(sorted({float(h) for h in horizons}, reverse=True)),
         devices=tuple(str(d) for d in as_list(own["devices"])),
-        out=read_out(own, "runs", "compare"),
+        out=shared.read_out(own, "runs", "compare"),
         **{key: own[key] for key in ("target", "tune_trials", "tune_epochs", "bn_recalibrate", "cut_runs")},
         **{key: own[key] for key in ("engine", "workers", "cpus", "gpus", "dry_run")},
     )
@@ -157,4 +139,4 @@ def plan_yaml(plan: Plan) -> str:
         **{key: getattr(plan, key) for key in ("target", "tune_trials", "tune_epochs", "bn_recalibrate", "cut_runs")},
         **{key: getattr(plan, key) for key in ("engine", "workers", "cpus", "gpus")},
     }
-    return to_yaml({**{key: value for key, value in content.items() if value is not None}, **plain(plan.common)})
+    return shared.to_yaml(content, plan.common)

@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Sequence
 
-from yolo_sophia.runs.plan import BasePlan, as_list
+from yolo_sophia.runs.checks import as_list
+from yolo_sophia.runs.plan import BasePlan
 from yolo_sophia.runs.progress import duration
 from yolo_sophia.runs.run import Run, data_name
 

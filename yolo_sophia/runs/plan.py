@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from yolo_sophia.options import suggestion
+from yolo_sophia.runs.checks import as_int, as_list, check_free, check_known, check_values, is_int
 from yolo_sophia.runs.run import Run, check_name, data_name, make_run
 
 MAX_SEEDS, MAX_SEED = 1000, 2**31
@@ -70,11 +70,6 @@ class BasePlan:
         """A training of this plan."""
         made = make_run(arm, data, seed, horizon, {**arguments, "data": data, "seed": seed}, self.bn_recalibrate)
         return replace(made, restart=self.cut_runs == "restart")
-
-
-def is_int(minimum: int, maximum: int = 10**6) -> Callable[[Any], bool]:
-    """A check for integers from a minimum to a maximum."""
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and minimum <= v <= maximum
 
 
 def is_path(v: Any) -> bool:
@@ -140,34 +135,6 @@ READY_MADE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Arms by name: the class that people paste, and a control for the cautious mask."""
 
-DECIDED: Mapping[str, str] = MappingProxyType(
-    {
-        "seed": "use seeds=...",
-        "optimizer": "use optimizers=..., or name it in an arm",
-        "data": "it is the plan's, the same for every arm",
-        "epochs": "they are the plan's, the same for every arm",
-        "resume": "rerun the same command to resume",
-        "exist_ok": "rerun the same command to resume, or use another project= or name=",
-        "project": "it belongs to the plan",
-        "name": "it belongs to the plan",
-        "save_dir": "use project= and name=",
-    }
-)
-"""Ultralytics' arguments that a plan decides, and what to use instead."""
-
-MINIMUMS: Mapping[str, float] = MappingProxyType(
-    {
-        "nbs": 1,
-        "patience": 0,
-        "mask_ratio": 1,
-        "max_det": 1,
-        "close_mosaic": 0,
-        "warmup_epochs": 0,
-        "time": 0,
-    }
-)
-"""Smallest values of Ultralytics' arguments that not every version checks before it uses them."""
-
 
 def read_keys(content: Mapping[str, Any], keys: Mapping[str, Key]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a mapping into the plan's own keys, checked and complete, and Ultralytics' arguments.
@@ -194,7 +161,7 @@ def read_arguments(content: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[
         ValueError: An argument is not known, or is decided by the plan.
     """
     common = {"epochs": 100, **content}
-    common["epochs"] = _as_int(common["epochs"])
+    common["epochs"] = as_int(common["epochs"])
     if not is_int(1)(common["epochs"]):
         raise ValueError(f"epochs={common['epochs']!r}: expected a whole number >= 1.")
     check_known(common, "the plan", keys)
@@ -202,10 +169,6 @@ def read_arguments(content: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[
     if not is_path(common["model"]):
         raise ValueError(f"model={common['model']!r}: expected a path or a name.")
     return common
-
-
-def _as_int(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_data(given: Any) -> tuple[str, ...]:
@@ -292,70 +255,6 @@ def check_arm(arm: Arm, common: Mapping[str, Any]) -> None:
     check_values({**common, **arm.arguments}, f"arm {arm.name}")
 
 
-def check_known(arguments: Mapping[str, Any], where: str, keys: Mapping[str, Key] = MappingProxyType({})) -> None:
-    """Refuse arguments that a training does not have.
-
-    Raises:
-        ValueError: One is not known; the message has the most similar one.
-    """
-    from yolo_sophia.integration.arguments import known_arguments
-
-    known = known_arguments()
-    for key in arguments:
-        if key not in known:
-            raise ValueError(f"{where}: {key!r} is not a known argument.{suggestion(key, [*known, *keys])}")
-
-
-def check_free(arguments: Mapping[str, Any], where: str, free: set[str]) -> None:
-    """Refuse what the plan would override, except what is `free` here.
-
-    Raises:
-        ValueError: One of `DECIDED`, or several devices, is among the arguments.
-    """
-    for key, hint in DECIDED.items():
-        if key in arguments and key not in free:
-            raise ValueError(f"{where}: {key} is decided by the plan: {hint}.")
-    device = ",".join(map(str, as_list(arguments.get("device", ""))))
-    if "," in device:
-        raise ValueError(f"{where}: device={device}: a training has one; use devices=... to spread the trainings.")
-
-
-def check_values(arguments: Mapping[str, Any], where: str) -> None:
-    """Check arguments as a trainer will, and those that Ultralytics uses before it checks them.
-
-    Raises:
-        ValueError: A value is of the wrong kind or out of range; the message names its key.
-    """
-    from yolo_sophia.integration.resolution import validate_arguments
-
-    for key, value in arguments.items():
-        if (problem := _problem(key, value)) is not None:
-            raise ValueError(f"{where}: {key}={value!r}: expected {problem}.")
-    try:
-        validate_arguments(arguments)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _problem(key: str, value: Any) -> str | None:
-    """What was expected of a value that is out of range; wrong kinds are found by Ultralytics."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if key in MINIMUMS and number and not value >= MINIMUMS[key]:
-        return f"a number >= {MINIMUMS[key]:g}"
-    if key == "batch" and number and not (value == -1 or 0 < value < 1 or (value >= 1 and value == int(value))):
-        return "a whole number >= 1, or -1 or a fraction of the GPU's memory for AutoBatch"
-    if key == "imgsz" and not (1 <= len(as_list(value)) <= 2 and all(map(is_int(1), map(_as_int, as_list(value))))):
-        return "a whole number >= 1"
-    if key == "fraction" and number and value <= 0:
-        return "a number above 0"
-    return None
-
-
-def as_list(value: Any) -> list[Any]:
-    """A list or tuple as a list, anything else as a list of one."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 def check_engine(own: Mapping[str, Any]) -> None:
     """Refuse keys that the engine ignores: Ray itself places the trainings.
 
@@ -387,9 +286,10 @@ def describe_keys(example: str, keys: Mapping[str, Key], rest: str) -> str:
     return "\n".join([example, "", *(f"  {key:<15} {spec.meaning}" for key, spec in keys.items()), "", rest])
 
 
-def to_yaml(content: Mapping[str, Any]) -> str:
-    """A plan as a file that `plan=` reads back to the same plan; what is None is left out."""
-    return yaml.safe_dump(plain(content), sort_keys=False, allow_unicode=True)
+def to_yaml(content: Mapping[str, Any], common: Mapping[str, Any]) -> str:
+    """A plan as a file that `plan=` reads back to the same plan; own keys that are None are left out."""
+    own = {key: value for key, value in content.items() if value is not None}
+    return yaml.safe_dump({**plain(own), **plain(common)}, sort_keys=False, allow_unicode=True)
 
 
 def plain(value: Any, *, words: bool = True) -> Any:

@@ -50,10 +50,10 @@ class Progress:
 
 
 class Job(Protocol):
-    """A worker process that an executor has started."""
+    """A worker that an executor has started."""
 
     def started(self) -> bool:
-        """Whether it runs; an executor may keep it waiting."""
+        """Whether it runs; an executor may let it wait."""
 
     def poll(self) -> int | None:
         """The exit code, negative where a signal ended it; None while it runs."""
@@ -66,38 +66,22 @@ class Job(Protocol):
 
 
 class Executor(Protocol):
-    """Where workers run."""
+    """Where workers run.
+
+    Attributes:
+        places: Workers that it takes at once; infinite where it queues them itself.
+        threads: Processor threads of a worker.
+    """
 
     places: float
-    """Workers that it takes at once; infinite where it queues them itself."""
     threads: int
-    """Processor threads of a worker."""
 
     def start(self, folder: Path) -> Job:
         """Start the worker of a folder."""
 
 
-class Queue(Protocol):
-    """What is to be trained."""
-
-    def take(self) -> Progress | None:
-        """The next training; None where there is none at the moment."""
-
-    def is_done(self) -> bool:
-        """Whether no training will come once those that were taken have ended."""
-
-    def should_stop(self, item: Progress) -> bool:
-        """Whether a training in progress is to be stopped; asked once a round."""
-
-    def ended(self, item: Progress) -> None:
-        """Note that a training has ended, with its state set."""
-
-    def progress(self) -> list[Progress]:
-        """The state of everything, for showing."""
-
-
 class RunQueue:
-    """A fixed list of runs; those that another process trains are tried again later.
+    """Trainings for the loop: a fixed list of runs. Those that another process trains are tried again later.
 
     Args:
         runs: The runs.
@@ -109,7 +93,7 @@ class RunQueue:
         self._elsewhere: list[tuple[float, Progress]] = []
 
     def take(self) -> Progress | None:
-        """The next run that nobody trains, or one that another process had when it was last tried."""
+        """The next training; None where there is none at the moment."""
         if self._waiting:
             return self._waiting.pop(0)
         if self._elsewhere and self._elsewhere[0][0] <= time.monotonic():
@@ -117,20 +101,20 @@ class RunQueue:
         return None
 
     def is_done(self) -> bool:
-        """Whether no run is left."""
+        """Whether no training will come once those that were taken have ended."""
         return not self._waiting and not self._elsewhere
 
     def should_stop(self, item: Progress) -> bool:
-        """Never."""
+        """Whether a training in progress is to be stopped; asked once a round."""
         return False
 
     def ended(self, item: Progress) -> None:
-        """Keep a run that another process trains for later."""
+        """Note that a training has ended, with its state set."""
         if item.state == "elsewhere":
             self._elsewhere.append((time.monotonic() + RETRY, item))
 
     def progress(self) -> list[Progress]:
-        """All runs."""
+        """The state of everything, for showing."""
         return self._progress
 
 
@@ -154,7 +138,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def train(
-    out: Path, queue: Queue, executor: Executor, on_change: Callable[[list[Progress]], None] = lambda _: None
+    out: Path, queue: RunQueue, executor: Executor, on_change: Callable[[list[Progress]], None] = lambda _: None
 ) -> None:
     """Train what a queue holds until it is done.
 

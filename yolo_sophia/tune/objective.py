@@ -12,7 +12,7 @@ from dataclasses import replace
 from optuna.trial import FrozenTrial, TrialState
 
 from yolo_sophia.runs.results import MAP50_95
-from yolo_sophia.runs.scheduler import Progress, folder_of
+from yolo_sophia.runs.scheduler import Progress, RunQueue, folder_of
 from yolo_sophia.runs.worker import read_curve
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.progress import NOTE, SETTINGS, STATES, trial_progress
@@ -24,7 +24,7 @@ RETRY = 2.0
 """Seconds until a training that another process holds is tried again."""
 
 
-class TrialQueue:
+class TrialQueue(RunQueue):
     """Trials of a study, for the scheduler: the trainings of a trial follow each other.
 
     Args:

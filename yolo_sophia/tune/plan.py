@@ -15,31 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 from yolo_sophia.options import suggestion
-from yolo_sophia.runs.plan import (
-    COUNT,
-    DECIDED,
-    PATH,
-    RUN_KEYS,
-    TRIAL_SEED,
-    Arm,
-    BasePlan,
-    Key,
-    as_list,
-    bool_key,
-    check_arm,
-    check_engine,
-    check_values,
-    choice_key,
-    is_int,
-    plain,
-    read_arguments,
-    read_arms,
-    read_data,
-    read_keys,
-    read_out,
-    read_seeds,
-    to_yaml,
-)
+from yolo_sophia.runs import plan as shared
+from yolo_sophia.runs.checks import DECIDED, as_list, check_values, is_int
+from yolo_sophia.runs.plan import Arm, BasePlan, Key
 from yolo_sophia.runs.run import Run, as_name, check_name, data_name
 from yolo_sophia.runs.words import plain_numbers, read_content, read_mapping, read_words
 from yolo_sophia.search_space import FORMS, Choice, Dimension, Range, merged, read_dimension, written
@@ -55,7 +33,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "optimizer": Key("optimizer to tune: a name, a dotted path, or a ready-made arm (default: SophiaG)", "SophiaG"),
         "trials": Key(
             "trials of the study in total, those of earlier calls included (default: 30)",
-            **{**COUNT, "default": 30},
+            **{**shared.COUNT, "default": 30},
         ),
         "space": Key(
             "search space beside or instead of the optimizer's own: a mapping or a YAML file; an argument with a fixed "
@@ -63,24 +41,24 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         ),
         "seeds": Key(
             f"number of seeds that a trial's score is the mean over, or a list of them (default: 1, which is "
-            f"{TRIAL_SEED})",
+            f"{shared.TRIAL_SEED})",
             1,
         ),
-        "sampler": choice_key(SAMPLERS, "what proposes settings: tpe (default), random, cmaes or grid"),
+        "sampler": shared.choice_key(SAMPLERS, "what proposes settings: tpe (default), random, cmaes or grid"),
         "grid_points": Key("sampler=grid: values of each range (default: 3)", 3, is_int(2), "a whole number >= 2"),
-        "pruner": choice_key(
+        "pruner": shared.choice_key(
             PRUNERS,
             "what stops trials that fall behind, by mAP50-95 after each epoch: median (default), hyperband or none",
         ),
-        "prune_after": Key("epochs before which no trial is stopped (default: a quarter of a trial's)", **COUNT),
-        **RUN_KEYS,
+        "prune_after": Key("epochs before which no trial is stopped (default: a quarter of a trial's)", **shared.COUNT),
+        **shared.RUN_KEYS,
         "storage": Key(
             "Optuna storage: a URL, or the path of an SQLite file (default: study.db in the folder of results); "
             "processes and machines with the same storage and study share the trials",
-            **PATH,
+            **shared.PATH,
         ),
         "study": Key("name of the study in the storage (default: <optimizer>-<data>)"),
-        "dry_run": bool_key("print the space and the cost of the study, run nothing"),
+        "dry_run": shared.bool_key("print the space and the cost of the study, run nothing"),
     }
 )
 
@@ -193,17 +171,17 @@ def _build(content: Mapping[str, Any]) -> TunePlan:
     for key in content:
         if key not in KEYS and key not in known:
             raise ValueError(f"{key!r} is not a known argument.{suggestion(key, [*KEYS, *known])}")
-    own, arguments = read_keys(content, KEYS)
+    own, arguments = shared.read_keys(content, KEYS)
     if arguments.get("val") is False:
         raise ValueError("val=False: a study needs the mAP50-95 of every epoch; leave it out.")
-    check_engine(own)
-    common = read_arguments(arguments, KEYS)
-    (arm,) = read_arms([str(own["optimizer"])], None)
-    data = read_data(own["data"])
+    shared.check_engine(own)
+    common = shared.read_arguments(arguments, KEYS)
+    (arm,) = shared.read_arms([str(own["optimizer"])], None)
+    data = shared.read_data(own["data"])
     fixed = {**common, **arm.arguments}
     if isinstance(own["space"], str):
         own["space"] = plain_numbers(read_mapping("space", own["space"]))
-    check_arm(arm, common)
+    shared.check_arm(arm, common)
     space = _space(own["space"], fixed)
     _check_samples(space, fixed)
     settled = validate_arguments(fixed)
@@ -213,12 +191,12 @@ def _build(content: Mapping[str, Any]) -> TunePlan:
     if own["study"] is not None:
         study = str(own["study"])
         check_name("study=", study)
-    out = read_out(own, str(Path("runs", "tune")), study)
+    out = shared.read_out(own, str(Path("runs", "tune")), study)
     storage = str(own["storage"] or out / "study.db")
     made = TunePlan(
         arms=(arm,),
         data=data,
-        seeds=read_seeds(own["seeds"], TRIAL_SEED),
+        seeds=shared.read_seeds(own["seeds"], shared.TRIAL_SEED),
         common=MappingProxyType(common),
         cut_runs="resume",
         devices=tuple(str(d) for d in as_list(own["devices"])),
@@ -311,4 +289,4 @@ def plan_yaml(plan: TunePlan) -> str:
         "devices": list(plan.devices) or None,
         **{"out": str(plan.out), "storage": plan.storage, "study": plan.study},
     }
-    return to_yaml({**{key: value for key, value in content.items() if value is not None}, **plain(plan.common)})
+    return shared.to_yaml(content, plan.common)
