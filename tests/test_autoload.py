@@ -434,6 +434,157 @@ def test_a_key_that_ultralytics_has_stays_its_own(fresh):
     assert fresh(child_keys_of_ultralytics) == [7.0, 7.0, False]
 
 
+# Child processes ------------------------------------------------------------------------------------------------------
+
+SAY = "import sys, yolo_sophia; open(sys.argv[1], 'a').write(f'{yolo_sophia.installed()}\\n')"
+
+
+def child_of_several_gpus(run: dict[str, Any], install: bool, said: str) -> list[Any]:
+    """What a process says that Ultralytics starts as the launcher of a multi-GPU run; and our variables afterwards."""
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    from yolo_sophia import autoload
+
+    if install:
+        autoload.install()
+    module = import_targets()[2]
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", autoload.SWITCH)}
+    for optimizer in ("SophiaG", "torch.optim.Adagrad", "AdamW") if install else ("AdamW",):
+        trainer = DetectionTrainer(overrides={**run, "name": optimizer, "optimizer": optimizer})
+        trainer.args.device, trainer.world_size, trainer.ddp = "0,1", 2, True
+        module.generate_ddp_command = lambda *_: ([sys.executable, "-c", SAY, said], "none")
+        module.ddp_cleanup = lambda *_: None
+        trainer.train()
+    after = {name: os.environ.get(name) for name in before}
+    return [Path(said).read_text().split(), before == after]
+
+
+@pytest.mark.parametrize(("install", "expected"), [(True, ["True", "True", "False"]), (False, ["False"])])
+def test_workers_of_several_gpus_know_us_after_install(install, expected, fresh, tiny_run, tmp_path):
+    """YOLO_SOPHIA_AUTOLOAD is 0: a child has the hooks only where this process was patched and its run needs them."""
+    assert fresh(child_of_several_gpus, tiny_run, install, str(tmp_path / "said.txt")) == [expected, True]
+
+
+TUNE = """
+import json, sys
+import yolo_sophia
+yolo_sophia.install()
+from ultralytics import YOLO
+arguments = json.loads(sys.argv[1])
+YOLO(arguments.pop("model")).tune(**arguments, iterations=1, space={"lr0": (0.001, 0.002)})
+"""
+
+
+def test_children_of_tune_know_us_after_install(tiny_run, tmp_path, python):
+    run = {**tiny_run, "epochs": 1, "optimizer": "SophiaG", "rho": 0.5, "exist_ok": True, "val": True}
+    path = os.pathsep.join(filter(None, [str(YOLO.parent), os.environ.get("PATH")]))
+    done = python("-c", TUNE, json.dumps(run), cwd=tmp_path, YOLO_SOPHIA_AUTOLOAD="0", PATH=path)
+    assert "not a valid YOLO argument" not in done.stdout + done.stderr
+    assert "training failure" not in done.stdout + done.stderr
+    assert list(tmp_path.rglob("best_hyperparameters.yaml"))
+
+
+@pytest.mark.parametrize("own", ["", "print('mine')", "raise ImportError('mine', name='other')"])
+def test_the_sitecustomize_of_the_user_is_run_too(own, python, tmp_path):
+    """Without site-packages: the package is found from the place of the file alone."""
+    from yolo_sophia.integration.children import BOOTSTRAP
+
+    if own:
+        (tmp_path / "sitecustomize.py").write_text(own)
+    code = (
+        f"import sys; path = list(sys.path); sys.path[:0] = [{BOOTSTRAP!r}, {str(tmp_path)!r}]\n"
+        "try:\n    import sitecustomize\nexcept ImportError as error:\n    print(error)\n"
+        f"print([f.__name__ for f in sys.meta_path].count('_PostImportFinder'), {BOOTSTRAP!r} in sys.path)"
+    )
+    said = python("-S", "-I", "-c", code).stdout.splitlines()
+    assert said[-1] == "1 False"
+    assert ("mine" in said) == bool(own)
+
+
+def test_children_need_no_help_where_the_line_is_active(monkeypatch):
+    from yolo_sophia import autoload
+    from yolo_sophia.integration import children
+
+    monkeypatch.setattr(autoload, "started_at_start", True)
+    monkeypatch.delenv(autoload.SWITCH, raising=False)
+    assert not children.needed()
+    path = os.environ.get("PYTHONPATH")
+    with children.children_know_us():
+        assert os.environ.get("PYTHONPATH") == path
+    monkeypatch.setenv(autoload.SWITCH, "0")
+    assert children.needed()
+    with children.children_know_us(), children.children_know_us():
+        assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == children.BOOTSTRAP
+    assert os.environ.get("PYTHONPATH") == path and os.environ[autoload.SWITCH] == "0"
+
+
+@pytest.mark.parametrize("has_hooks", [True, False])
+def test_a_running_ray_whose_workers_do_not_know_us_is_an_error(has_hooks, monkeypatch):
+    from yolo_sophia.integration import children
+
+    class Ray:
+        is_initialized = staticmethod(lambda: True)
+        get = staticmethod(lambda value: value)
+
+        @staticmethod
+        def remote(function):
+            return types.SimpleNamespace(remote=lambda: has_hooks)
+
+    monkeypatch.setitem(sys.modules, "ray", Ray)
+    monkeypatch.setattr(children, "needed", lambda: True)
+    if has_hooks:
+        children.require_ray_workers()
+    else:
+        with pytest.raises(RuntimeError, match=r"Ray is running already, .* call ray\.shutdown\(\) before"):
+            children.require_ray_workers()
+
+
+# Arguments that Ultralytics has itself --------------------------------------------------------------------------------
+
+
+def child_taken_keys(run: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """An Ultralytics with arguments by our names: what its own runs and ours make of them."""
+    from yolo_sophia import autoload
+
+    utils, cfg, *_ = import_targets()
+    utils.DEFAULT_CFG_DICT.update(keys)
+    vars(utils.DEFAULT_CFG).update(keys)
+    kinds = {name: getattr(cfg, name) for name in ("CFG_FRACTION_KEYS", "CFG_INT_KEYS", "CFG_BOOL_KEYS")}
+    autoload.install()
+    report: dict[str, Any] = {
+        "kinds": sorted(key for key in keys for name in kinds if key in getattr(cfg, name) and key not in kinds[name])
+    }
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    values = {key: "theirs" for key in keys}
+    for name in ("AdamW", "SophiaG", "torch.optim.Adagrad"):
+        try:
+            trainer = DetectionTrainer(overrides={**run, **values, "name": name, "optimizer": name})
+            report[name] = {key: vars(trainer.args).get(key) for key in [*keys, "hessian_interval"]}
+            report[name]["args.yaml"] = (Path(trainer.save_dir) / "args.yaml").read_text()
+        except Exception as error:
+            report[name] = f"{type(error).__name__}: {error}"
+    autoload.uninstall()
+    report["left"] = {key: utils.DEFAULT_CFG_DICT.get(key) for key in [*keys, "hessian_interval"]}
+    return report
+
+
+@pytest.mark.parametrize("keys", [{"cautious": "a", "beta2": 3}, {"rho": None, "bn_momentum": "x"}], ids=str)
+def test_an_argument_of_ultralytics_own_is_left_alone(keys, fresh, tiny_run):
+    report = fresh(child_taken_keys, tiny_run, keys)
+    assert report["kinds"] == []
+    assert {key: report["AdamW"][key] for key in keys} == dict.fromkeys(keys, "theirs")
+    assert all(f"{key}: theirs" in report["AdamW"]["args.yaml"] for key in keys)
+    assert report["AdamW"]["hessian_interval"] is None
+    message = f"it has arguments of its own with the names of ours: {', '.join(sorted(keys))}. Install a supported"
+    assert report["SophiaG"].startswith("RuntimeError: ") and message in report["SophiaG"]
+    if "bn_momentum" in keys:
+        assert "names of ours: bn_momentum. " in report["torch.optim.Adagrad"]
+    else:
+        assert report["torch.optim.Adagrad"]["cautious"] == "theirs"
+    assert report["left"] == {**keys, "hessian_interval": None}
+
+
 # Versions and symbols that do not fit ---------------------------------------------------------------------------------
 
 

@@ -18,9 +18,10 @@ except ImportError:  # the parent found the package in another way than by PYTHO
     import yolo_sophia.autoload
 yolo_sophia.autoload.start()
 
-sys.modules.pop("sitecustomize", None)
+_own = sys.modules.pop(__name__)
 try:
     importlib.import_module("sitecustomize")
 except ImportError as error:
     if error.name != "sitecustomize":
         raise
+    sys.modules[__name__] = _own  # the import of this module is under way
