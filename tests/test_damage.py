@@ -28,7 +28,7 @@ from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.runs import scheduler, worker
 from yolo_sophia.runs.local_executor import LocalExecutor
 from yolo_sophia.runs.scheduler import RunQueue, folder_of
-from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, is_whole, read_curve
+from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, is_intact, read_curve
 
 
 def full(*_: Any, **__: Any) -> None:
@@ -393,10 +393,10 @@ def test_a_damaged_model_is_one_line_of_a_dry_run(damage, cut, tiny_data, tmp_pa
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_seen(damage, cut, tmp_path):
     path = cut("SophiaG") / "weights" / "last.pt"
-    assert is_whole(path)
+    assert is_intact(path)
     other = tmp_path / "other.pt"
     other.write_bytes(DAMAGES[damage](path.read_bytes()))
-    assert not is_whole(other) and not is_whole(tmp_path / "none.pt")
+    assert not is_intact(other) and not is_intact(tmp_path / "none.pt")
 
 
 @pytest.mark.long
@@ -414,7 +414,7 @@ def test_a_run_of_a_comparison_with_a_damaged_checkpoint_begins_anew(tiny_data, 
     assert item.state == "finished", item.note
     rows = read_curve(folder)
     assert [row["epoch"] for row in rows] == [1, 2] and [row["steps"] for row in rows] == [4, 8]
-    assert "is damaged and cannot be resumed from: this training begins anew" in (folder / "log.txt").read_text()
+    assert "is damaged and cannot be resumed from: this training starts again" in (folder / "log.txt").read_text()
 
 
 # Checkpoints of others ------------------------------------------------------------------------------------------------

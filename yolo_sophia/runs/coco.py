@@ -1,6 +1,6 @@
 """COCO metrics of saved predictions: AP over IoU .50:.95, AP50, AP75, AP by size, and AR with 100 detections.
 
-The rule: pure functions. Annotations come from YOLO labels or from a COCO file, predictions from the predictions.json
+The functions have no state. Annotations come from YOLO labels or a COCO file, predictions from the predictions.json
 that Ultralytics' validation saves, numbers from faster-coco-eval or pycocotools; nothing is trained or loaded here.
 
 Sizes are COCO's: small under 32 x 32 pixels of the original image, large from 96 x 96. From YOLO labels the area is the

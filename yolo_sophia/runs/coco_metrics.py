@@ -1,7 +1,7 @@
 """COCO metrics of a comparison's finished runs, each measured once and kept in its folder.
 
-The rule: the final weights are scored (last.pt), as the comparison is of final mAP; best.pt was chosen on the very
-images that it would be scored on.
+The final weights (last.pt) are scored, because a comparison is of the final mAP; best.pt was chosen on the images that
+it would be scored on.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def data_name(data: str) -> str:
 
 
 def as_name(text: str, longest: int = 64) -> str:
-    """A text as a name of a folder: other characters become _, and a long one ends in a digest of the whole."""
+    """A text as a name of a folder: other characters become _, and a long one ends in its digest."""
     name = re.sub(r"[^A-Za-z0-9._+-]|\.$", "_", text)
     if len(name) > longest:
         name = f"{name[: longest - 9]}-{hashlib.blake2b(text.encode(errors='replace'), digest_size=4).hexdigest()}"

@@ -117,7 +117,7 @@ class Recorder:
             os.fsync(file.fileno())
 
     def on_model_save(self, trainer: Any) -> None:
-        """Keep a checkpoint that is whole: Ultralytics writes last.pt in place, and a kill may cut it.
+        """Keep an intact checkpoint: Ultralytics writes last.pt in place, and a kill may cut it.
 
         None of the last epoch: Ultralytics refuses to resume a training that has none left, and a kill between it and
         the receipt would leave a run that can never finish.
@@ -141,13 +141,13 @@ def train(folder: Path) -> dict[str, Any]:
     checkpoint = folder / CHECKPOINT
     remove_leftovers(checkpoint)
     resume = checkpoint if checkpoint.is_file() and not order.get("restart") else None
-    if resume and not is_whole(checkpoint):
-        sys.stderr.write(f"{checkpoint} is damaged and cannot be resumed from: this training begins anew.\n")
+    if resume and not is_intact(checkpoint):
+        sys.stderr.write(f"{checkpoint} is damaged and cannot be resumed from: this training starts again.\n")
         resume = None
     if resume is None:
         (folder / CURVE).unlink(missing_ok=True)
     for weights in (folder / TRAINING / "weights").glob("*.pt") if resume else ():
-        if not is_whole(weights):  # cut as it was written; best.pt is read at the end, whether new or old
+        if not is_intact(weights):  # cut as it was written; best.pt is read at the end, whether new or old
             shutil.copyfile(checkpoint, weights)
     events = ("train_start", "train_epoch_start", "train_batch_end", "train_epoch_end", "model_save")
     fixed = {"project": str(folder.resolve()), "name": TRAINING, "exist_ok": True}
@@ -171,7 +171,7 @@ def train(folder: Path) -> dict[str, Any]:
     return receipt
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_intact(checkpoint: Path) -> bool:
     """Whether a file that torch saved can be read to its end, with the sums that it holds; nothing is unpickled."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:

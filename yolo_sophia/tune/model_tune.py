@@ -1,7 +1,7 @@
 """Our search spaces in the two forms that Ultralytics' own `model.tune(space=...)` takes.
 
-The rule: what Ultralytics does to a value on its way never takes it out of the space. Its genetic tuner rounds to five
-decimals, so a bound that would become 0 is refused.
+No value leaves the space on its way through Ultralytics. Its genetic tuner rounds to five decimals, so a bound that
+would become 0 is refused.
 """
 
 from __future__ import annotations

@@ -184,9 +184,9 @@ def _build(content: Mapping[str, Any]) -> TunePlan:
     shared.check_arm(arm, common)
     space = _space(own["space"], fixed)
     _check_samples(space, fixed)
-    settled = validate_arguments(fixed)
-    if "clip_fraction" in space and "rho" not in space and settled["rho"] != "auto":
-        raise ValueError(f"space: clip_fraction requires rho=auto, found rho={settled['rho']}: add rho=auto.")
+    validated = validate_arguments(fixed)
+    if "clip_fraction" in space and "rho" not in space and validated["rho"] != "auto":
+        raise ValueError(f"space: clip_fraction requires rho=auto, found rho={validated['rho']}: add rho=auto.")
     study = as_name("-".join([arm.name, *map(data_name, data)]))
     if own["study"] is not None:
         study = str(own["study"])
@@ -203,7 +203,7 @@ def _build(content: Mapping[str, Any]) -> TunePlan:
         out=out,
         **{key: own[key] for key in ("bn_recalibrate", "engine", "workers", "cpus", "gpus", "dry_run")},
         space=MappingProxyType(space),
-        start=MappingProxyType(start_of(space, settled)),
+        start=MappingProxyType(start_of(space, validated)),
         storage=storage if "://" in storage else f"sqlite:///{storage}",
         study=study,
         **{key: own[key] for key in ("trials", "sampler", "grid_points", "pruner")},
