@@ -1,14 +1,11 @@
 """Time of an optimizer step over torch's fused AdamW, on the parameter lists of YOLOv8.
 
 Usage: python scripts/bench_step.py [yolov8n yolov8x ...] [device=cuda] [repeats=31] [threads=1] [clock=cpu]
-       python scripts/bench_step.py source=yes [device=cuda]
 Each repeat takes one step with every optimizer, in another order each time, after `zero_grad(set_to_none=True)` and
 gradients in memory of their own, as a trainer leaves them. Printed: median time and the median of the ratios to AdamW
 of the same repeat. `clock=cpu` measures processor time, which other work on the machine disturbs less; of several
 threads it is the sum, spinning included. With device=cuda a step begins and ends with an idle device; printed as well:
 the time between two events on the device, and the memory that a step takes beside parameters, gradients and states.
-`source=yes` prints, instead, the kernel that fused=True compiles: on CPU the C++ source and the compiler's command, on
-CUDA the Triton source that torch.compile makes.
 """
 
 from __future__ import annotations
@@ -22,12 +19,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn import Parameter
 
-from yolo_sophia.optim import SophiaG, compiler
+from yolo_sophia.optim import SophiaG
 
 Clock = Callable[[], float]
 BASE = "AdamW fused"
@@ -39,15 +35,7 @@ def optimizers() -> dict[str, Callable]:
     found: dict[str, Callable] = {
         BASE: lambda groups: torch.optim.AdamW(groups, fused=True),
         "SophiaG default": SophiaG,
-        "SophiaG fused": lambda groups: SophiaG(groups, fused=True),
         "SophiaG foreach": lambda groups: SophiaG(groups, foreach=True),
-        "SophiaG reference": lambda groups: SophiaG(groups, foreach=False),
-        "SophiaG default, h and m bfloat16": lambda groups: SophiaG(
-            groups, hessian_dtype=torch.bfloat16, momentum_dtype=torch.bfloat16
-        ),
-        "SophiaG fused, h and m bfloat16": lambda groups: SophiaG(
-            groups, hessian_dtype=torch.bfloat16, momentum_dtype=torch.bfloat16, fused=True
-        ),
         "AdamW foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
         "AdamW single": lambda groups: torch.optim.AdamW(groups, foreach=False),
         "SGD foreach": lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=True),
@@ -106,14 +94,8 @@ def measure(shapes: list[torch.Size], repeats: int, clock: Clock, device: torch.
         made[name] = build(groups(shapes, device))
         if isinstance(made[name], SophiaG):
             made[name].update_hessian([g.square() for g in gradients])
-        start = time.perf_counter()
-        for _ in range(3):  # makes the states, compiles
+        for _ in range(3):  # makes the states
             step_cost(made[name], gradients, name, clock)
-        if "SophiaG fused" in name:
-            print(
-                f"  {name}: {time.perf_counter() - start:.1f} s for the first three steps, compiling included",
-                flush=True,
-            )
     costs: dict[str, list[Cost]] = {name: [] for name in made}
     for _ in range(repeats):
         for name in random.sample(list(made), len(made)):
@@ -121,25 +103,10 @@ def measure(shapes: list[torch.Size], repeats: int, clock: Clock, device: torch.
     return costs
 
 
-def print_source(device: torch.device) -> None:
-    """The kernel of fused=True."""
-    if device.type == "cpu":
-        command = " ".join([*compiler.command(), "-DPARAM=float -DEXP_AVG=float -DHESSIAN=float"])
-        print(f"// {command}\n{Path(compiler.__file__).with_name('fused.cpp').read_text()}")
-        return
-    torch._logging.set_logs(output_code=True)  # to stderr
-    params = [Parameter(torch.randn(s, device=device)) for s in [(16, 3, 3, 3), (32, 16, 3, 3)]]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    SophiaG(params, fused=True).step()
-
-
 def main() -> None:
     """Print one table per model."""
     words = dict(w.split("=") for w in sys.argv[1:] if "=" in w)
     device = torch.device(words.get("device", "cpu"))
-    if words.get("source"):
-        return print_source(device)
     clock = time.process_time if words.get("clock") == "cpu" else time.perf_counter
     torch.set_num_threads(int(words.get("threads", 1)))
     from ultralytics.nn.tasks import DetectionModel

@@ -26,7 +26,6 @@ from pathlib import Path
 NEEDED = {
     "yolo_sophia_autoload.pth",
     "yolo_sophia/autoload.py",
-    "yolo_sophia/optim/fused.cpp",
     *(f"yolo_sophia/report/templates/{name}" for name in ("report.html", "report.md", "style.css")),
     "yolo_sophia/configs/data/shapes.yaml",
     *(f"yolo_sophia/configs/presets/{name}.yaml" for name in ("detect-scratch", "detect-finetune", "detect-short")),

@@ -176,7 +176,7 @@ def test_an_estimate_from_elsewhere_restarts_the_clock():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"k": 0}, ValueError, "Invalid k: found 0, expected a whole number >= 1"),
+        ({"k": 0}, ValueError, "Invalid k: found 0, expected an integer >= 1"),
         ({"k": 2.5}, ValueError, "Invalid k"),
         ({"k": True}, ValueError, "Invalid k"),
         ({"seed": -1}, ValueError, "Invalid seed"),
@@ -222,7 +222,7 @@ def test_equals_an_independent_release_for_given_estimates(kind):
     ours, theirs = ([Parameter(p.clone()) for p in start] for _ in range(2))
     shared = {"lr": 0.03, "betas": (0.9, 0.7), "weight_decay": 0.2, "eps": 1e-2}
     if kind == "SophiaH":
-        rho, optimizer = 0.3, SophiaH(ours, rho=0.3, k=1000, **shared)
+        rho, optimizer = 0.3, SophiaH(ours, rho=0.3, hessian_interval=1000, **shared)
         oracle = released.SophiaH(theirs, p=1.0, update_period=1000, **shared)
     else:
         rho, optimizer = 1.0, DecoupledSophia(ours, lambda params: [], k=1000, rho=0.5, **shared)

@@ -26,7 +26,9 @@ class Problem:
             self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
         self.attention.double(), self.head.double()
         self.params = [*self.attention.parameters(), *self.head.parameters()]
-        self.optimizer = SophiaH(self.params, **{"lr": 0.05, "k": 3, "betas": (0.9, 0.7), "eps": 1e-4, **settings})
+        self.optimizer = SophiaH(
+            self.params, **{"lr": 0.05, "hessian_interval": 3, "betas": (0.9, 0.7), "eps": 1e-4, **settings}
+        )
 
     def loss(self, step: int) -> Tensor:
         x, y = torch.randn(5, 6, 4, generator=seeded(step)).double(), torch.randint(3, (5,), generator=seeded(step))
@@ -64,7 +66,7 @@ def test_a_diagonal_hessian_is_exact_with_one_probe():
     assert [e.tolist() for e in Hutchinson()(linear.sum(), [linear], None)] == [[0.0] * 4]  # no curvature anywhere
 
 
-def test_probes_are_averaged():
+def test_samples_are_averaged():
     problem = Problem()
     with hutchinson.twice_differentiable():
         loss = problem.loss(0)
@@ -76,10 +78,10 @@ def test_probes_are_averaged():
     assert torch.equal(noise.get_state(), one_after_the_other.get_state())
 
 
-@pytest.mark.parametrize("probes", [0, 1.5, True])
-def test_probes_are_counted(probes):
-    with pytest.raises(ValueError, match=r"Invalid probes: found .*, expected a whole number >= 1"):
-        SophiaH([Parameter(torch.ones(2))], probes=probes)
+@pytest.mark.parametrize("n_samples", [0, 1.5, True])
+def test_samples_are_counted(n_samples):
+    with pytest.raises(ValueError, match=r"Invalid n_samples: found .*, expected an integer >= 1"):
+        SophiaH([Parameter(torch.ones(2))], n_samples=n_samples)
 
 
 def test_what_cannot_be_differentiated_twice_is_refused():
@@ -123,7 +125,7 @@ def test_follows_optax(interval, monkeypatch):
 
         theta = jnp.asarray(start.numpy())
         state, ours, negative = theirs.init(theta), Parameter(start.clone()), 0
-        optimizer = SophiaH([ours], lr=0.05, betas=(b1, 0.8), weight_decay=0.1, k=100)
+        optimizer = SophiaH([ours], lr=0.05, betas=(b1, 0.8), weight_decay=0.1, hessian_interval=100)
         optimizer.update_hessian([torch.zeros_like(ours)])
         for step in range(20):
             theta, state, signs = their_step(theta, state)
@@ -190,7 +192,7 @@ def test_gradients_of_a_closure_are_the_ordinary_ones():
 
 @pytest.mark.parametrize("done", [0, 2, 5])
 def test_a_resumed_run_continues_bit_for_bit(done):
-    problem, resumed = Problem(probes=2, seed=4), Problem(probes=1)
+    problem, resumed = Problem(n_samples=2, seed=4), Problem(n_samples=1)
     for step in range(done):
         problem.optimizer.step(problem.closure(step))
     for p, q in zip(resumed.params, problem.params):
@@ -208,7 +210,7 @@ def test_without_a_loss_it_says_so():
     problem = Problem()
     before = copy.deepcopy(problem.optimizer.state_dict())
     for closure in (None, lambda: None):
-        with pytest.raises(RuntimeError, match=r"needs the loss to refresh h, found none.*step\(closure\)"):
+        with pytest.raises(RuntimeError, match=r"needs the loss to update h, found none.*step\(closure\)"):
             problem.optimizer.step(closure)
     assert problem.optimizer.state_dict() == before
     problem.optimizer.update_hessian([None for _ in problem.params])  # from elsewhere

@@ -108,7 +108,7 @@ def refresh() -> None:
 
 def half_of_h() -> None:
     """In the second epoch, when half of the parameters have their new h."""
-    from yolo_sophia.optim.base import SophiaBase
+    from yolo_sophia.optim._base import SophiaBase
 
     def half(original, self, values, **settings):
         values = list(values)

@@ -71,7 +71,7 @@ def test_nothing_is_imported_from_the_current_directory(installed, traps, how):
 
 
 def test_the_package_stays_the_installed_one(installed, traps):
-    done = installed("-c", "import yolo_sophia.optim.layout; print(yolo_sophia.optim.layout.__file__)", cwd=traps)
+    done = installed("-c", "import yolo_sophia.optim._step; print(yolo_sophia.optim._step.__file__)", cwd=traps)
     shown = done.stdout.strip() or re.findall(r'File "([^"]+)"', done.stderr)[-1]  # it may miss the real torch
     assert Path(shown).is_relative_to(installed.site / "yolo_sophia"), done.stderr
     assert not (traps / "yolo_sophia" / "imported").exists()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from yolo_sophia.optim import DecoupledSophia, SophiaG, SophiaH
-from yolo_sophia.optim.steering import SAMPLE, SMOOTHING, _stride, clip_quantile, steered
+from yolo_sophia.optim._auto_rho import SAMPLE, SMOOTHING, _stride, clip_quantile, smoothed
 
 EVERY = 5
 
@@ -41,10 +41,10 @@ def train(optimizer: SophiaG, steps: range, scale: float = 1.0) -> list[float]:
     return shares
 
 
-@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("power", [1, 0.5])
 @pytest.mark.parametrize("clip_fraction", [0.1, 0.6, 0.95])
-def test_the_first_measurement_is_exact_and_later_ones_hold_the_target(clip_fraction, root):
-    optimizer = make(clip_fraction, bias_correction=True, hessian_root=root)
+def test_the_first_measurement_is_exact_and_later_ones_hold_the_target(clip_fraction, power):
+    optimizer = make(clip_fraction, bias_correction=True, hessian_power=power)
     shares = train(optimizer, range(100))
     assert shares[0] == pytest.approx(clip_fraction, abs=0.01)  # before the average has any memory
     assert sum(shares[-50:]) / 50 == pytest.approx(clip_fraction, abs=0.04)
@@ -63,15 +63,15 @@ def test_steps_do_not_depend_on_the_scale_of_the_loss(scale):
 def test_rho_is_the_running_mean_of_the_logarithms_and_then_forgets():
     rho = 123.0  # not among the measurements, so it has no weight
     for n, q in enumerate([1.0, 4.0, 16.0]):
-        rho = steered(rho, n, q)
+        rho = smoothed(rho, n, q)
     assert rho == pytest.approx(4.0)
-    assert steered(1.0, 1000, math.e) == pytest.approx(math.exp(SMOOTHING))
+    assert smoothed(1.0, 1000, math.e) == pytest.approx(math.exp(SMOOTHING))
 
 
 def test_a_constant_target_is_approached_without_overshoot():
     rhos = [100.0]
     for n in range(10, 60):
-        rhos.append(steered(rhos[-1], n, 2.0))
+        rhos.append(smoothed(rhos[-1], n, 2.0))
     assert all(a > b >= 2.0 for a, b in itertools.pairwise(rhos))
 
 
@@ -117,7 +117,7 @@ def test_a_sample_of_many_coordinates_is_near_their_quantile():
 
 @pytest.mark.parametrize("kind", [SophiaG, SophiaH])
 def test_a_resumed_run_goes_on_with_its_rho(kind):
-    options = {"k": 10**6} if kind is SophiaH else {}
+    options = {"hessian_interval": 10**6} if kind is SophiaH else {}
     whole, first = make(kind=kind, **options), make(kind=kind, **options)
     train(whole, range(23))
     train(first, range(11))

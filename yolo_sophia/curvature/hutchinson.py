@@ -8,6 +8,7 @@ down, or by noise. The optimizers take eps in its place there.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -25,16 +26,21 @@ class Hutchinson:
     the graph stays usable for the ordinary backward pass. A probe costs about two backward passes.
 
     Args:
-        probes: Sign vectors to average over, >= 1; the variance falls with their number.
+        n_samples: Sign vectors to average over, >= 1; the variance falls with their number.
+
+        probes: The name of `n_samples` in version 0.1.
 
     Raises:
-        ValueError: `probes` is out of range.
+        ValueError: `n_samples` is out of range.
     """
 
-    def __init__(self, probes: int = 1):
-        if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-            raise ValueError(f"Invalid probes: found {probes!r}, expected a whole number >= 1.")
-        self.probes = probes
+    def __init__(self, n_samples: int = 1, *, probes: int | None = None):
+        if probes is not None:
+            warnings.warn("Hutchinson: probes= is now n_samples=; the old name will go.", FutureWarning, stacklevel=2)
+            n_samples = probes
+        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+            raise ValueError(f"Invalid n_samples: found {n_samples!r}, expected an integer >= 1.")
+        self.n_samples = n_samples
 
     def __call__(
         self, loss: Tensor, params: Sequence[Tensor], generator: Generator | None = None
@@ -75,7 +81,7 @@ class Hutchinson:
         gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         curved = [g for g in gradients if g is not None and g.requires_grad]  # the others are constant in all of them
         sums = [None if g is None else torch.zeros_like(p) for g, p in zip(gradients, params)]
-        for _ in range(self.probes):
+        for _ in range(self.n_samples):
             signs = [rademacher(p, generator) for p in params]
             if not curved:
                 break
@@ -83,7 +89,7 @@ class Hutchinson:
             products = torch.autograd.grad(curved, params, given, retain_graph=True, allow_unused=True)
             for total, v, product in zip(sums, signs, products):
                 if product is not None and total is not None:
-                    total.addcmul_(v, product.detach(), value=1 / self.probes)
+                    total.addcmul_(v, product.detach(), value=1 / self.n_samples)
         return sums
 
 

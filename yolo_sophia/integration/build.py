@@ -18,8 +18,8 @@ from yolo_sophia.integration.modules import head_of, is_compiled, unwrap
 from yolo_sophia.integration.resolution import decide, save_arguments
 from yolo_sophia.integration.session import Session
 from yolo_sophia.optim import SophiaG, SophiaH
+from yolo_sophia.optim._base import SophiaBase
 from yolo_sophia.optim._schedule import COUNTERS
-from yolo_sophia.optim.base import SophiaBase
 from yolo_sophia.options import AUTO
 
 
@@ -54,7 +54,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         weight_decay=0.0,
         bias_correction=True,
         cautious=knobs["cautious"],
-        hessian_root=knobs["hessian_power"] == 0.5,
+        hessian_power=knobs["hessian_power"],
         hessian_average=None if knobs["hessian_average"] == "element" else knobs["hessian_average"],
     )
     if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves
@@ -65,7 +65,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         LOGGER.info(f"{colorstr(f'{name}:')} {resolved.describe()}")
     if name == "SophiaH":
         refuse_once_differentiable(trainer)
-        optimizer: SophiaBase = SophiaH(groups, **settings, k=None)
+        optimizer: SophiaBase = SophiaH(groups, **settings, hessian_interval=None)
         trainer._sophia = Session(trainer, optimizer, Hutchinson())
     else:
         optimizer = SophiaG(groups, **settings)

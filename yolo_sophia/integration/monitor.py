@@ -1,6 +1,6 @@
 """What Sophia does, in figures: sampled during an epoch, averaged into one row of results.csv.
 
-The rule: nothing waits for the device within an epoch; the samples stay there until the epoch's row is written.
+Nothing waits for the device within an epoch; the samples stay there until the epoch's row is written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from yolo_sophia.optim.base import SophiaBase, bias_correction_factor
+from yolo_sophia.optim._base import SophiaBase, bias_correction_factor
+from yolo_sophia.optim._step import denominator, hessian_scale
 
 SAMPLED = ("clip_fraction", "grad_norm", "momentum_norm", "hessian_norm", "update_norm")
 SAMPLE_EVERY = 10
@@ -74,12 +75,14 @@ class Monitor:
         states = [self.optimizer.state[p] for p in params]
         m, h = ([state[key].float() for state in states] for key in ("exp_avg", "hessian"))
         corrections = [bias_correction_factor(group, state) for state in states]
-        scale = group["rho"] ** 2 if group["hessian_root"] else group["rho"]
-        update = torch._foreach_mul(h, [scale / c for c in corrections])
-        if group["hessian_root"]:
-            torch._foreach_clamp_min_(update, 0.0)
-            torch._foreach_sqrt_(update)
-        (torch._foreach_clamp_min_ if self.optimizer.floor else torch._foreach_add_)(update, group["eps"])
+        scale = hessian_scale(group["rho"], group["hessian_power"])
+        update = denominator(
+            h,
+            [scale / c for c in corrections],
+            group["eps"],
+            eps_is_minimum=self.optimizer.eps_is_minimum,
+            hessian_power=group["hessian_power"],
+        )
         update = torch._foreach_div(m, update)
         torch._foreach_clamp_min_(update, -1.0)
         torch._foreach_clamp_max_(update, 1.0)
@@ -106,13 +109,20 @@ class Monitor:
         clock = self.optimizer.param_groups[0]
         row = dict(zip(SAMPLED, (clip, grad, momentum, hessian, update)))
         row |= {
-            "rho": clock["rho"],
+            "rho": self._rho(),
             "refreshes": clock["hessian_updates"],
             "dropped": clock["hessian_dropped"],
             "refresh_seconds": self.refresh_seconds,
         }
         self.reset()
         return {f"sophia/{key}": value for key, value in row.items()}
+
+    def _rho(self) -> float:
+        """The rho that parameters move with: of a group that is trained, if possible one whose rho is automatic."""
+        groups = self.optimizer.param_groups
+        trained = [g for g in groups if any(p.requires_grad and self.optimizer.state.get(p) for p in g["params"])]
+        automatic = [group for group in trained if group["clip_fraction"] is not None]
+        return (automatic or trained or groups)[0]["rho"]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -31,8 +31,8 @@ from yolo_sophia.integration.modules import is_compiled, unwrap
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.subsample import MIN_IMAGES, images_in_part
 from yolo_sophia.integration.window import Window
+from yolo_sophia.optim._base import SophiaBase
 from yolo_sophia.optim._schedule import HessianSchedule, is_report_due
-from yolo_sophia.optim.base import SophiaBase
 
 STEPS_WITHOUT_BATCH = 3
 """Steps without a batch in `preprocess_batch` before it is an error."""

@@ -1,182 +1,193 @@
-"""SophiaG: sign-like momentum steps, bounded per coordinate by a diagonal Gauss-Newton curvature.
+"""The interface of the Agora release: Sophia, with model, data and estimator in one call, and DecoupledSophia.
 
-One rule is kept here: the numbers equal those of the official release (`sophia-opt`) for the same calls. Paper:
-"Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training", arXiv 2305.14342. Its notation:
+    theta <- theta - lr clip(m / max(h, eps), rho)
 
-    m <- b1 m + (1 - b1) g                            every step
-    h <- b2 h + (1 - b2) h_hat                        every k-th step, before the parameters move
-    theta <- theta - lr wd theta                      decoupled decay
-    theta <- theta - lr clip(m / (rho bs h + eps), 1)
-
-The estimate h_hat comes from outside: from `.grad` of a loss with labels sampled from the model, as in the official
-code, or from tensors that a curvature estimator made (`yolo_sophia.curvature`). What it shares with the rest of the
-family is in `optim/base.py`.
+Here rho is the bound of the clip, as in that release; everywhere else in this package rho multiplies h. The two rules
+are one: (lr, rho, eps) here moves as (lr rho, rho, eps rho) does there, but for the weight decay. The names are those
+of its README; the behaviour is the paper's (arXiv 2305.14342, algorithm 3): both estimators work for any shape of
+parameter, labels are sampled, momentum and decay are applied once, and neither estimator needs `create_graph`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from yolo_sophia.optim.base import SophiaBase, evaluated
+from yolo_sophia.curvature import GaussNewtonBartlett, Hutchinson, OnBatches, likelihood_of
+from yolo_sophia.optim._base import shares_docs
+from yolo_sophia.optim._compat import renamed
+from yolo_sophia.optim._self_estimating import SelfEstimatingSophia
+
+ESTIMATORS = ("Hutchinson", "Gauss-Newton-Bartlett")
+
+HessianEstimator = Callable[[Sequence[Tensor]], Iterable[Tensor | None]]
+"""Called with the trainable parameters, gradients enabled; gives one tensor of its shape, or None, for each. Global
+random states are seeded for the call and given back after it."""
 
 
-class SophiaG(SophiaBase):
-    """Sophia with a Gauss-Newton-Bartlett diagonal (arXiv 2305.14342, algorithm 3).
+@shares_docs
+class DecoupledSophia(SelfEstimatingSophia):
+    """Sophia with a curvature estimator of your own.
 
     Args:
-        params: Parameters or parameter groups, real floating-point, dense gradients.
-        lr: Learning rate, >= 0; the largest move of a coordinate in one step (before weight decay).
-        betas: Decay of the momentum m per step and of the curvature h per Hessian update, each in [0, 1).
-        rho: Scale of the curvature in the denominator, > 0: larger rho means fewer clipped coordinates.
-            "auto" steers it to `clip_fraction`, see `optim/steering.py`.
-        weight_decay: Decoupled weight decay, >= 0; a step multiplies the parameters by 1 - lr * weight_decay.
-        eps: Added to the denominator, > 0, as the official code does.
-        maximize: Maximize the objective instead of minimizing it.
-        foreach: Use the multi-tensor implementation, or (False) the reference; None chooses by device.
-        fused: Use one compiled pass: needs a C++ compiler on CPU and Triton on CUDA.
-        hessian_dtype: What h is stored in, torch.bfloat16 to save memory; None: the parameter's dtype.
-        momentum_dtype: The same for m. See `optim/precision.py`.
-        bias_correction: Divide h by 1 - b2^t after t Hessian updates, as Adam does. Off in the official release.
-        hessian_average: Replace an estimate by its mean over each "kernel" of a convolution, or over each output "row",
-            before it enters h: less noise, one value of h for all of it. For every parameter of more than 2
-            (kernel) or 1 (row) dimensions. Off in the official release.
-        cautious: Move only the coordinates whose update has the sign of the gradient (arXiv 2411.16085, without
-            its rescaling of the others). Off in the official release.
-        hessian_root: Divide by rho sqrt(h) instead of rho h: steps as Adam's, with the curvature in the place of the
-            squared gradients. Off in the official release.
-        clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1); None takes
-            `steering.CLIP_FRACTION`.
+        {params}
+        hessian_estimator: Called every k-th step with the list of trainable parameters; returns one tensor of the
+            parameter's shape at the scale of the objective, or None (h stays), for each. `curvature.OnBatches` makes
+            such functions of this package's estimators.
+        lr: Learning rate, >= 0.
+        {betas}
+        eps: Smallest value of the denominator, > 0: where h is smaller, zero or negative, the step is of full size.
+        {weight_decay}
+        k: Steps per Hessian update, >= 1; the first step makes one.
+        rho: Bound of the clip, > 0; a coordinate moves by at most lr * rho in a step (before weight decay).
+        {seed}
+        {options}
+        deprecated: A name of version 0.1: `fused`.
 
-    State per parameter: `step` (scalar), `exp_avg` (m), `hessian` (h, both of the parameter's shape), and
-    `hessian_updates` (int, t above). The first three are named as in the official release: its checkpoints load.
+    {state}
+
+    Under DistributedDataParallel the estimator is called on every rank, for the rank's own loss (a mean, as in the
+    training), and h_hat is the mean over the ranks: (1 / W) sum_r h_hat_r.
 
     Raises:
+        TypeError: The estimator is not callable.
         ValueError: A hyperparameter is out of range, or a parameter is complex.
-        RuntimeError: `fused` and no compiler works here.
     """
 
-    floor = False
+    scales_hessian = False
+    interval_name = "k"
+    how_to_update = "The estimator gave no estimate, or k is None: call refresh() or update_hessian()."
 
     def __init__(
         self,
         params,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.965, 0.99),
-        rho: float | str = 0.04,
-        weight_decay: float = 1e-1,
+        hessian_estimator: HessianEstimator,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        k: int = 10,
+        rho: float = 1.0,
         *,
-        eps: float = 1e-15,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool = False,
-        hessian_dtype: torch.dtype | None = None,
-        momentum_dtype: torch.dtype | None = None,
+        seed: int = 0,
         bias_correction: bool = False,
         hessian_average: str | None = None,
         cautious: bool = False,
-        hessian_root: bool = False,
-        clip_fraction: float | None = None,
+        foreach: bool | None = None,
+        **deprecated: Any,
     ):
+        if not callable(hessian_estimator):
+            raise TypeError(
+                f"Invalid hessian_estimator: found {type(hessian_estimator).__name__}, expected a function from the "
+                "list of parameters to one estimate for each."
+            )
+        self.hessian_estimator = hessian_estimator
         defaults = {
             "lr": lr,
             "betas": betas,
-            "rho": rho,
-            "weight_decay": weight_decay,
             "eps": eps,
-            "maximize": maximize,
+            "weight_decay": weight_decay,
+            "rho": rho,
             "foreach": foreach,
-            "fused": fused,
-            "hessian_dtype": hessian_dtype,
-            "momentum_dtype": momentum_dtype,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
             "cautious": cautious,
-            "hessian_root": hessian_root,
-            "clip_fraction": clip_fraction,
-            "hessian_source": None,  # what h was made of: None (no update yet), "grad" (needs bs) or "estimates"
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, hessian_interval=k, seed=seed, deprecated=deprecated)
 
-    def __setstate__(self, state: dict) -> None:
-        """Restore a pickled or loaded state; fills in what checkpoints of the official release do not hold."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("eps", 1e-15)
-            held = [self.state[p] for p in group["params"] if p in self.state]
-            if "hessian_source" not in group:  # the official release knows one source only
-                group["hessian_source"] = "grad" if any(bool(s["hessian"].any()) for s in held) else None
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles keep the estimator; a state dict does not hold it."""
+        return {**super().__getstate__(), "hessian_estimator": self.hessian_estimator}
 
-    def _check_marks(self, found: set[str]) -> None:
-        if found:  # the official release has none
-            super()._check_marks(found)
+    def _estimates(self, params: Sequence[Tensor], loss: Tensor | None) -> Iterable[Tensor | None]:
+        return self.hessian_estimator(params)
 
-    @torch.no_grad()
-    def update_hessian(self, estimates: Iterable[Tensor | None] | None = None) -> None:
-        """Move h towards a new estimate: h <- b2 h + (1 - b2) h_hat.
+    def _scale_and_bound(self, group: dict[str, Any]) -> tuple[float, float]:
+        return 1.0, group["rho"]
 
-        Args:
-            estimates: One tensor per parameter in the order of the parameter groups, of the parameter's shape and at
-                the scale of the objective that `step` sees (None skips a parameter). Without it, h_hat is the square of
-                each `.grad`, to be left there by the backward pass of a mean loss with labels sampled from the
-                model; every later `step` then needs `bs`, the number of predictions in that mean.
 
-        Raises:
-            ValueError: Number or shape of the estimates differs from the parameters'.
-            RuntimeError: A second kind of estimate (their scales differ), no gradient at all, or a sparse one.
-        """
-        pairs = self._parameters()
-        if estimates is None:
-            source, values = "grad", [self._dense(p.grad, "update_hessian()") for _, p in pairs]
-            if all(g is None for g in values):
-                raise RuntimeError(
-                    "update_hessian() found no .grad on any parameter; call it after the backward() of a loss with "
-                    "labels sampled from the model, or pass the estimates: update_hessian(estimates)."
-                )
-        else:
-            source, values = "estimates", self._checked(estimates)
-        for group in self.param_groups:
-            if group["hessian_source"] not in {None, source}:
-                raise RuntimeError(
-                    f"This optimizer's h was made from {group['hessian_source']!r} and is now updated from {source!r}. "
-                    "Their scales differ by bs: use one kind of update only."
-                )
-        for (group, _), value in zip(pairs, values):
-            if value is not None:
-                group["hessian_source"] = source
-        self._move_hessian(values, squared=source == "grad")
+@shares_docs
+class Sophia(DecoupledSophia):
+    """Sophia that estimates the curvature of a model on data of its own.
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None, bs: float | None = None) -> Tensor | None:
-        """Take one step with the gradients in `.grad`.
+        optimizer = Sophia(model, batches, model.parameters(), lr=1e-3, loss_function=nn.CrossEntropyLoss())
 
-        Args:
-            closure: Re-evaluates the model and returns the loss.
-            bs: Number of predictions in the mean loss, as in the official release; multiplies h. Needed after
-                `update_hessian()`, not allowed after `update_hessian(estimates)`, which has the objective's scale.
+    Args:
+        model: The model. It is run in the mode (train or eval) that it is in; its buffers stay as they are.
+        input_data: Batches for the estimates, one per Hessian update, from the first again after the last: an iterable
+            of inputs, or of pairs (inputs, targets). None where each loss comes from `step(closure)`.
+        params: Parameters of the model, or parameter groups of them.
+        lr: Learning rate, >= 0.
+        {betas}
+        eps: Smallest value of the denominator, > 0.
+        {weight_decay}
+        k: Steps per Hessian update, >= 1; the first step makes one.
+        estimator: "Hutchinson": the Hessian's diagonal, of `loss_function` on `input_data` with targets, or of the loss
+            that the closure of `step` returns. "Gauss-Newton-Bartlett": labels sampled from the model; needs
+            `loss_function` and `input_data`, and targets only where the loss weights or ignores by them.
+        rho: Bound of the clip, > 0; a coordinate moves by at most lr * rho in a step (before weight decay).
+        loss_function: From the model's output and the targets to a scalar loss. For Gauss-Newton-Bartlett one of
+            which the likelihood is known: see `curvature.likelihood_of`.
+        n_samples: Hessian-vector products per Hutchinson estimate, >= 1.
+        settings: `seed`, `bias_correction`, `hessian_average`, `cautious`, `foreach` of `DecoupledSophia`.
 
-        Returns:
-            What the closure returned, if one was given.
+    Several processes estimate as with `DecoupledSophia`: each rank on its own `input_data`.
 
-        Raises:
-            ValueError: `bs` is missing, superfluous or not positive.
-            RuntimeError: A gradient is sparse.
-        """
-        loss = evaluated(closure)
-        self._check_bs(bs)  # after the closure, which may update h
-        self._move_parameters(1.0 if bs is None else bs)
-        return loss
+    Raises:
+        TypeError: No likelihood is known for the loss function, or the data is not iterable.
+        ValueError: The estimator is unknown or lacks what it needs, or a hyperparameter is out of range.
+    """
 
-    def _check_bs(self, bs: float | None) -> None:
-        sources = {group["hessian_source"] for group in self.param_groups}
-        if bs is None and "grad" in sources:
+    def __init__(
+        self,
+        model: nn.Module,
+        input_data: Iterable[Any] | None,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        k: int = 10,
+        estimator: str = "Hutchinson",
+        rho: float = 1.0,
+        *,
+        loss_function: Callable[[Any, Any], Any] | None = None,
+        n_samples: int = 1,
+        **settings: Any,
+    ):
+        if "probes" in settings:
+            n_samples = renamed({"n_samples": n_samples}, {"probes": settings.pop("probes")}, "Sophia")["n_samples"]
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"Invalid estimator: found {estimator!r}, expected one of {list(ESTIMATORS)}.")
+        source: Any = Hutchinson(n_samples) if estimator == "Hutchinson" else GaussNewtonBartlett()
+        if input_data is not None and loss_function is not None:
+            score = loss_function if estimator == "Hutchinson" else likelihood_of(loss_function)
+            source = OnBatches(source, model, input_data, score)
+        elif estimator != "Hutchinson":
+            missing = "loss_function" if loss_function is None else "input_data"
             raise ValueError(
-                "step() needs bs, the number of predictions in the mean loss, after update_hessian() from .grad: "
-                "h is the curvature divided by it. Call step(bs=...), or use update_hessian(estimates)."
+                f"estimator={estimator!r} needs {missing}: labels are sampled from the likelihood of the loss, at the "
+                "model's outputs for the data. Pass loss_function=nn.CrossEntropyLoss(), for instance."
             )
-        if bs is not None and "estimates" in sources:
-            raise ValueError("step(bs=...) after update_hessian(estimates): these have the objective's scale; drop bs.")
-        if bs is not None and not bs > 0:
-            raise ValueError(f"bs must be positive, found {bs}.")
+        super().__init__(params, source, lr, betas, eps, weight_decay, k, rho, **settings)
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the estimate may be made of the closure's loss: Hutchinson's, where there are no targets."""
+        return isinstance(getattr(self.hessian_estimator, "estimator", self.hessian_estimator), Hutchinson)
+
+    def _estimates(self, params: Sequence[Tensor], loss: Tensor | None) -> Iterable[Tensor | None]:
+        source = self.hessian_estimator
+        if isinstance(source, OnBatches):
+            inputs, targets = source.batches.take(self.schedule["refresh_index"])
+            if targets is not None or not self.needs_loss:
+                return source.on((inputs, targets), params)
+            source = source.estimator
+        if not isinstance(loss, Tensor):
+            raise RuntimeError(
+                "Sophia with estimator='Hutchinson' needs a loss to update h, and found none: pass loss_function and "
+                "input_data as pairs (inputs, targets), or call step(closure) with a closure that returns the loss."
+            )
+        return source(loss, params, None)

@@ -1,0 +1,458 @@
+"""What all optimizers of the Sophia family share: state, checks, the average h of curvature estimates, the step.
+
+A subclass says where estimates come from and how the step is scaled. Paper: arXiv 2305.14342. Its notation, with t the
+number of Hessian updates:
+
+    m <- b1 m + (1 - b1) g                            every step
+    h <- b2 h + (1 - b2) average(h_hat)               every Hessian update, before the parameters move
+    theta <- theta - lr wd theta                      decoupled decay
+    theta <- theta - lr clip(m / denominator(h / (1 - b2^t)), bound)      cautious: where it has the sign of g
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from yolo_sophia.optim._auto_rho import CLIP_FRACTION, clip_quantile, is_young, smoothed
+from yolo_sophia.optim._compat import DEPRECATED, reads_old_keys, renamed
+from yolo_sophia.optim._ranks import mean_over_ranks
+from yolo_sophia.optim._step import StepOptions, choose_step, hessian_scale
+
+STATE = ("step", "exp_avg", "hessian", "hessian_updates")
+MOMENTS = ("exp_avg", "hessian")
+"""State tensors of the parameter's shape."""
+
+CLASS_KEYS = ("hessian_source", "seed", "n_samples")
+"""Keys of the parameter groups that tell the optimizers of this package apart."""
+
+OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "maximize": False,
+        "foreach": None,
+        "bias_correction": False,
+        "hessian_average": None,
+        "cautious": False,
+        "hessian_power": 1,
+        "clip_fraction": None,  # the fraction that rho is set by; None: rho is fixed
+        "rho_measurements": 0,
+        "rho_age": 0,  # steps of the momentum at the last measurement
+        "rho_due": False,  # whether h has moved since rho was measured
+    }
+)
+"""Keys of every parameter group that the paper does not have, with the values of a checkpoint that lacks them."""
+
+HESSIAN_AVERAGES: Mapping[str, int] = MappingProxyType({"kernel": 2, "row": 1})
+"""Leading dimensions that an averaged estimate keeps; its mean is taken over the others. For a convolution's weight,
+shape (out, in, height, width): "kernel" leaves one value per kernel, "row" one per output channel."""
+
+MATURE = 10**6
+"""Number of Hessian updates that a loaded h of the official release counts for: 1 - b2^t is 1."""
+
+STEPS_WITHOUT_HESSIAN = 12
+"""Steps until a warning says that h was never updated; the official scripts update h after their tenth step."""
+
+SHARED_DOCS = {
+    "params": "params: Parameters or parameter groups, real floating-point, dense gradients.",
+    "lr": "lr: Learning rate, >= 0; the largest move of a coordinate in one step (before weight decay).",
+    "betas": "betas: Decay of the momentum m per step and of the curvature h per Hessian update, each in [0, 1).",
+    "rho": """rho: Scale of the curvature in the denominator, > 0: larger rho means fewer clipped coordinates.
+            "auto" sets it by `clip_fraction`, see `optim/_auto_rho.py`.""",
+    "weight_decay": """weight_decay: Decoupled weight decay, >= 0; a step multiplies the parameters by
+            1 - lr * weight_decay.""",
+    "seed": "seed: Seed of the estimates' noise, >= 0.",
+    "options": """bias_correction: Divide h by 1 - b2^t after t Hessian updates, as Adam does. Off in the official
+            release.
+        hessian_average: Replace an estimate by its mean over each "kernel" of a convolution, or over each output "row",
+            before it enters h: less noise, one value of h for all of it. For every parameter of more than 2
+            (kernel) or 1 (row) dimensions. Off in the official release.
+        cautious: Move only the coordinates whose update has the sign of the gradient (arXiv 2411.16085, without
+            its rescaling of the others). Off in the official release.
+        foreach: Use multi-tensor kernels, or (False) one tensor after the other; None chooses by device.""",
+    "auto": """hessian_power: 0.5 divides by rho sqrt(h) instead of rho h: steps as Adam's, with the curvature in the
+            place of the squared gradients. 1 in the official release.
+        clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1); None takes 0.6. Groups with a
+            fixed rho ignore it.""",
+    "state": """State per parameter: `step` (scalar), `exp_avg` (m), `hessian` (h, both of the parameter's shape), and
+    `hessian_updates` (int, t above). h is stored in float32 at least; m in the parameter's dtype, but in float32 for
+    float16 parameters, whose smallest numbers are too large for it.""",
+}
+"""Parts of the docstrings that classes share; `shares_docs` fills them in."""
+
+
+def shares_docs(cls: type) -> type:
+    """Class decorator: replaces `{name}` in the docstring by the shared text of that name."""
+    text = cls.__doc__ or ""
+    for name, shared in SHARED_DOCS.items():
+        text = text.replace(f"{{{name}}}", shared)
+    cls.__doc__ = text
+    return cls
+
+
+class SophiaBase(Optimizer):
+    """State, checks, and both halves of the algorithm; see the subclasses for the hyperparameters.
+
+    Attributes:
+        eps_is_minimum: Whether eps is the smallest value of the denominator, as in the paper, or added to it, as in
+            the official code. An estimate that can be negative needs the former.
+        scales_hessian: Whether rho scales h, and so can be set by a clip fraction: rho="auto".
+    """
+
+    eps_is_minimum = True
+    scales_hessian = True
+    _steps_without_hessian: int | None = 0  # None: h was updated, or the warning was given
+
+    def __init__(self, params: Any, defaults: dict[str, Any], deprecated: Mapping[str, Any] | None = None):
+        defaults = renamed({**OPTIONS, **defaults}, deprecated or {}, type(self).__name__)
+        super().__init__(params, defaults)
+        if defaults["clip_fraction"] is not None and all(g["clip_fraction"] is None for g in self.param_groups):
+            require(False, defaults, "clip_fraction", 'None, as rho is not "auto"')
+
+    def __setstate__(self, state: dict) -> None:
+        """Restore a pickled or loaded state; fills in what older checkpoints do not hold."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            reads_old_keys(group)
+            for key, value in OPTIONS.items():
+                group.setdefault(key, value)
+        for held in self.state.values():
+            held.setdefault("hessian_updates", 0)
+
+    # Loading --------------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state; one of another optimizer is refused before anything changes.
+
+        Hooks that convert a state run first. States of version 0.1 are translated: renamed keys, and h and m in
+        bfloat16.
+
+        Args:
+            state_dict: What `state_dict()` of this class gave.
+
+        Raises:
+            ValueError: The state is another optimizer's, or of other parameters or parameter groups.
+        """
+        loaded: dict[str, Any] = {}
+
+        def validate(_: Optimizer, given: dict) -> dict:
+            loaded.update(self._validated(given))
+            return loaded
+
+        def restore_dtypes(_: Optimizer) -> None:
+            saved = [i for group in loaded["param_groups"] for i in group["params"]]
+            for i, (_, p) in zip(saved, self._parameters()):
+                for key in MOMENTS if i in loaded["state"] else ():  # torch has cast them to the parameter's dtype
+                    value = loaded["state"][i][key]
+                    self.state[p][key] = value.to(device=p.device, dtype=state_dtype(p, key))
+
+        # The last hook before the state is taken over, and the first one after it.
+        before = self.register_load_state_dict_pre_hook(validate)
+        after = self.register_load_state_dict_post_hook(restore_dtypes, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+        self._steps_without_hessian = 0
+
+    def _validated(self, state_dict: dict) -> dict:
+        """The state in today's form.
+
+        Raises:
+            ValueError: It is no state of this optimizer's class, groups and shapes.
+        """
+        name = type(self).__name__
+        foreign = sorted({key for state in state_dict["state"].values() for key in state} - set(STATE))
+        if foreign or any(not state.keys() >= set(MOMENTS) for state in state_dict["state"].values()):
+            found = f"{foreign} as well" if foreign else f"some without {' or '.join(MOMENTS)}"
+            raise ValueError(
+                f"The state is not {name}'s: expected {list(STATE)} for each parameter, found {found}. Start with a "
+                f"new optimizer, or load a checkpoint that {name} wrote."
+            )
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for group in groups:
+            reads_old_keys(group)
+        state_dict = {**state_dict, "param_groups": groups}
+        self._check_class({key for group in groups for key in CLASS_KEYS if key in group})
+        self._check_shapes(state_dict)
+        return state_dict
+
+    def _check_class(self, found: set[str]) -> None:
+        """Refuse the state of another one of the family: the same rho and h would mean something else."""
+        own = {key for key in CLASS_KEYS if key in self.defaults}
+        if found != own:
+            name = type(self).__name__
+            raise ValueError(
+                f"The state is not {name}'s: its groups have {sorted(found)}, expected {sorted(own)}. "
+                f"Start with a new optimizer, or load a checkpoint that {name} wrote."
+            )
+
+    def _check_shapes(self, state_dict: dict) -> None:
+        """Refuse the state of other parameters, or of the same ones in other groups: torch compares no shapes."""
+        found = [len(group["params"]) for group in state_dict["param_groups"]]
+        expected = [len(group["params"]) for group in self.param_groups]
+        remedy = "The model or its parameter groups have changed: start with a new optimizer."
+        if found != expected:
+            raise ValueError(f"The state is of groups of {found} parameters, expected {expected}. {remedy}")
+        saved = (i for group in state_dict["param_groups"] for i in group["params"])
+        for n, (i, (_, p)) in enumerate(zip(saved, self._parameters())):
+            for key in MOMENTS if i in state_dict["state"] else ():
+                if (shape := state_dict["state"][i][key].shape) != p.shape:
+                    there, here = tuple(shape), tuple(p.shape)
+                    raise ValueError(
+                        f"The state has {key} of shape {there} for parameter {n}, expected {here}. {remedy}"
+                    )
+
+    # Parameter groups -----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a parameter group; its hyperparameters and parameters are checked first.
+
+        Args:
+            param_group: `params` and any hyperparameter that differs from the defaults.
+
+        Raises:
+            ValueError: A hyperparameter is out of range, or a parameter is complex.
+        """
+        if isinstance(param_group, dict):
+            old = {key: param_group[key] for key in DEPRECATED if key in param_group}
+            kept = {key: value for key, value in param_group.items() if key not in old}
+            param_group = renamed(kept, old, type(self).__name__, self.defaults)
+        inherits = "clip_fraction" not in param_group
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if self.scales_hessian and isinstance(group["rho"], str) and group["rho"] == "auto":
+                group["rho"] = 1.0  # without effect: h is 0 until rho is measured
+                group["clip_fraction"] = CLIP_FRACTION if group["clip_fraction"] is None else group["clip_fraction"]
+                require(0 < group["clip_fraction"] < 1, group, "clip_fraction", "a number in (0, 1)")
+            else:
+                group["clip_fraction"] = None if inherits else group["clip_fraction"]
+                require(group["clip_fraction"] is None, group, "clip_fraction", 'None, as rho is not "auto"')
+            self._check_group(group)
+        except (TypeError, ValueError):  # TypeError: a comparison with what is no number
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict) -> None:
+        require(float(group["lr"]) >= 0, group, "lr", "a number >= 0")
+        betas = group["betas"]
+        valid = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+        require(valid, group, "betas", "two numbers in [0, 1)")
+        valid = not isinstance(group["rho"], str) and group["rho"] > 0
+        require(valid, group, "rho", 'a number > 0, or "auto"' if self.scales_hessian else "a number > 0")
+        require(group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
+        require(group["eps"] > 0, group, "eps", "a number > 0")
+        require(group["hessian_power"] in (1, 0.5), group, "hessian_power", "1 or 0.5")
+        average = group["hessian_average"]
+        require(average in (None, *HESSIAN_AVERAGES), group, "hessian_average", f"None or of {[*HESSIAN_AVERAGES]}")
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError(
+                    f"{type(self).__name__} does not support complex parameters, found one of {p.dtype} and shape "
+                    f"{tuple(p.shape)}; train torch.view_as_real(...) of it instead."
+                )
+
+    def _parameters(self) -> list[tuple[dict, Tensor]]:
+        """All (group, parameter) pairs in the order of the groups."""
+        return [(group, p) for group in self.param_groups for p in group["params"]]
+
+    def _state_of(self, p: Tensor) -> dict:
+        """The state of one parameter, made at its first use."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(p, dtype=state_dtype(p, key), memory_format=torch.preserve_format)
+            state["hessian_updates"] = 0
+        return state
+
+    # The curvature --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update_hessian(self, estimates: Iterable[Tensor | None], *, reduce: bool = True) -> None:
+        """Move h towards a new estimate: h <- b2 h + (1 - b2) h_hat.
+
+        With several processes (torch.distributed), h_hat is the mean of the estimates over the ranks, as the gradient
+        of DistributedDataParallel is that of the mean loss: (1 / W) sum_r h_hat_r estimates the curvature of
+        (1 / W) sum_r loss_r. Every rank has to call it. None on all ranks leaves h as it is; None on some of them
+        counts as 0 there. Sharded parameters (DTensor, FSDP) are left out of the mean: their estimates have to be made
+        for the loss of all ranks.
+
+        Args:
+            estimates: One tensor per parameter in the order of the parameter groups, of the parameter's shape and at
+                the scale of the objective that `step` sees (None skips a parameter).
+            reduce: Whether to take that mean; False if the estimates are equal on all ranks already.
+
+        Raises:
+            ValueError: Number or shape of the estimates differs from the parameters'.
+        """
+        values = self._checked(estimates)
+        self._move_hessian(self._reduced(values) if reduce else values)
+
+    def _checked(self, estimates: Iterable[Tensor | None]) -> list[Tensor | None]:
+        pairs, values = self._parameters(), list(estimates)
+        if len(values) != len(pairs):
+            raise ValueError(f"update_hessian() got {len(values)} estimates for {len(pairs)} parameters.")
+        for i, ((_, p), value) in enumerate(zip(pairs, values)):
+            if value is not None and value.shape != p.shape:
+                raise ValueError(f"Estimate {i} has shape {tuple(value.shape)}, its parameter has {tuple(p.shape)}.")
+        return values
+
+    def _reduced(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return mean_over_ranks([p for _, p in self._parameters()], values)
+
+    def _move_hessian(self, values: Sequence[Tensor | None], squared: bool = False) -> None:
+        """Average over kernels or rows, then over time; `squared` says that the values are roots of estimates."""
+        for (group, p), value in zip(self._parameters(), values):
+            if value is None:
+                continue
+            group["rho_due"] = group["clip_fraction"] is not None
+            self._steps_without_hessian = None
+            state, beta2, average = self._state_of(p), group["betas"][1], group["hessian_average"]
+            state["hessian_updates"] += 1
+            h = state["hessian"]
+            value = value.to(torch.promote_types(h.dtype, value.dtype))  # no square and no mean in half precision
+            if squared and average is None:  # no square is stored
+                h.mul_(beta2).addcmul_(value, value, value=1 - beta2)
+            else:
+                estimate = value.square() if squared else value
+                h.mul_(beta2).add_(averaged(estimate, average), alpha=1 - beta2)
+
+    # The step -------------------------------------------------------------------------------------------------------
+
+    def _scale_and_bound(self, group: dict) -> tuple[float, float]:
+        """Rho in the denominator, and the largest entry of the update: here the paper's rho and 1."""
+        return group["rho"], 1.0
+
+    def _move_parameters(self, factor: float = 1.0) -> None:
+        """One step with the gradients in `.grad`; the factor multiplies h."""
+        self._set_rho(factor)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [self._dense(p.grad, "step()") for p in params]
+            states = [self.state[p] or self._state_of(p) for p in params]
+            rho, bound = self._scale_and_bound(group)
+            scales = [hessian_scale(rho, group["hessian_power"], factor)] * len(states)
+            if group["bias_correction"]:
+                scales = [x / bias_correction_factor(group, s) for x, s in zip(scales, states)]
+            _count([s["step"] for s in states])
+            options = StepOptions(
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                bound=bound,
+                eps_is_minimum=self.eps_is_minimum,
+                cautious=group["cautious"],
+                hessian_power=group["hessian_power"],
+            )
+            m, h = ([s[key] for s in states] for key in MOMENTS)
+            choose_step(group, params)(params, grads, m, h, scales, options)
+        if self._steps_without_hessian is not None:
+            self._warn_without_hessian()
+
+    def _warn_without_hessian(self) -> None:
+        """Warn once if the parameters have moved for some steps and h was never updated."""
+        if any(state.get("hessian_updates") for state in self.state.values()):  # by a run before
+            self._steps_without_hessian = None
+        elif any(float(group["lr"]) > 0 for group in self.param_groups):
+            self._steps_without_hessian += 1
+            if self._steps_without_hessian == STEPS_WITHOUT_HESSIAN:
+                self._steps_without_hessian = None
+                warnings.warn(
+                    f"{type(self).__name__} has taken {STEPS_WITHOUT_HESSIAN} steps and h was never updated: every "
+                    f"step is lr times the sign of the momentum. {self.how_to_update}",
+                    stacklevel=6,
+                )
+
+    how_to_update = "Call update_hessian() every few steps, see its documentation."
+
+    def _set_rho(self, factor: float) -> None:
+        """Measure rho where it is automatic; groups of one clip fraction and power share one rho."""
+        automatic = [group for group in self.param_groups if group["clip_fraction"] is not None]
+        for kind in {(group["clip_fraction"], group["hessian_power"]) for group in automatic}:
+            groups = [group for group in automatic if (group["clip_fraction"], group["hessian_power"]) == kind]
+            pairs = [(g, p) for g in groups for p in g["params"] if p.grad is not None and self.state.get(p)]
+            if not pairs:
+                continue
+            updated = any(group["rho_due"] for group in groups)
+            age = 1 + int(self.state[pairs[0][1]]["step"])
+            young = is_young(pairs[0][0]["betas"][0], age)
+            grown = young and 0 < 1.25 * groups[0]["rho_age"] <= age
+            if not updated and not grown:
+                continue
+            states = [self.state[p] for _, p in pairs]
+            quantile = clip_quantile(
+                [-p.grad if g["maximize"] else self._dense(p.grad, "step()") for g, p in pairs],
+                [s["exp_avg"] for s in states],
+                [s["hessian"] for s in states],
+                [factor / bias_correction_factor(g, s) for (g, _), s in zip(pairs, states)],
+                [g["betas"][0] for g, _ in pairs],
+                *kind,
+            )
+            for group in groups:
+                group["rho_due"] = False
+                if quantile is not None:
+                    group["rho"] = smoothed(group["rho"], group["rho_measurements"], quantile, young=young)
+                    group["rho_measurements"] += updated
+                    group["rho_age"] = age
+
+    def _dense(self, grad: Tensor | None, where: str) -> Tensor | None:
+        if grad is not None and grad.is_sparse:
+            raise RuntimeError(
+                f"{type(self).__name__}.{where} found a sparse gradient; it supports dense ones only. Use sparse=False "
+                "in the embedding layer, or torch.optim.SparseAdam for that parameter."
+            )
+        return grad
+
+
+def state_dtype(p: Tensor, key: str) -> torch.dtype:
+    """The dtype of a state tensor of a parameter: h needs the range and the precision of float32, m the range."""
+    if key == "exp_avg" and p.dtype != torch.float16:
+        return p.dtype
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _count(steps: list[Tensor]) -> None:
+    """Add 1 to each; on CPU a tensor 1 for all is several times faster than a number, which becomes one for each."""
+    torch._foreach_add_(steps, torch.ones(()) if steps[0].is_cpu else 1)
+
+
+def evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    """What the closure returns, with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def averaged(estimate: Tensor, average: str | None) -> Tensor:
+    """Mean over a kernel or an output row, shape (..., 1, 1); as it is where there is nothing to average over."""
+    dims = tuple(range(estimate.dim() if average is None else HESSIAN_AVERAGES[average], estimate.dim()))
+    return estimate.mean(dims, keepdim=True) if dims else estimate
+
+
+def bias_correction_factor(group: dict, state: dict) -> float:
+    """1 - b2^t where bias correction is on and h was updated t > 0 times, else 1."""
+    updates = state["hessian_updates"]
+    return 1 - group["betas"][1] ** updates if group["bias_correction"] and updates else 1.0
+
+
+def require(valid: bool, group: Mapping[str, Any], name: str, expected: str) -> None:
+    """Refuse a hyperparameter of a parameter group.
+
+    Raises:
+        ValueError: `valid` is false.
+    """
+    if not valid:
+        raise ValueError(f"Invalid {name}: found {group[name]!r}, expected {expected}.")

@@ -1,0 +1,66 @@
+"""Names of version 0.1: accepted with a warning in constructors, translated in checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+DEPRECATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "hessian_root": ("hessian_power", lambda value: 0.5 if value else 1),
+    "probes": ("n_samples", lambda value: value),
+    "k": ("hessian_interval", lambda value: value),
+    "fused": ("foreach", lambda value: True if value else None),
+}
+"""Old name -> (new name, function from the old value to the new one)."""
+
+DTYPES = ("hessian_dtype", "momentum_dtype")
+"""Keys of checkpoints whose option is gone; the states are converted when they are loaded."""
+
+
+def renamed(
+    settings: dict[str, Any], given: Mapping[str, Any], name: str, known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Settings with old names translated; each one is warned of.
+
+    Args:
+        settings: Settings by their new names.
+        given: Settings by old names.
+        name: The optimizer's class, for messages.
+        known: The names that the class has; None: those of `settings`.
+
+    Raises:
+        TypeError: A name is not known.
+    """
+    result, known = dict(settings), settings if known is None else known
+    for old, value in given.items():
+        new, convert = DEPRECATED.get(old, (None, None))
+        if new not in known:
+            raise TypeError(f"{name}: unexpected argument {old!r}, expected one of {sorted(known)}.")
+        if old == "fused":
+            if not value:
+                continue
+            message = "fused=True is not available in this version; foreach=True is used."
+        else:
+            message = f"{old}= is deprecated and will be removed; use {new}={convert(value)!r}."
+        warnings.warn(f"{name}: {message}", FutureWarning, stacklevel=4)
+        result[new] = convert(value)
+    return result
+
+
+def reads_old_keys(group: dict[str, Any]) -> None:
+    """Translate the keys of a checkpoint's parameter group, in place."""
+    for key in DTYPES:
+        group.pop(key, None)
+    if group.pop("fused", False):
+        group["foreach"] = True
+    if "hessian_root" in group:
+        group["hessian_power"] = 0.5 if group.pop("hessian_root") else 1
+    if "probes" in group:
+        group["n_samples"] = group.pop("probes")
+    if "k" in group:  # trainings of Ultralytics have both
+        group.setdefault("hessian_interval", group["k"])
+        del group["k"]
+    if "refreshes" in group:
+        group.setdefault("refresh_index", group["refreshes"])
+        del group["refreshes"]
