@@ -295,7 +295,7 @@ class Session:
             self._drop("that was made from different terms on the ranks")
         elif self.window.is_finite():
             self._warn_of_the_unreached()
-            self.optimizer.update_hessian(self.window.staged)
+            self.optimizer.update_hessian(self.window.staged, reduce=False)
             self._never_updated = None
             self.schedule.updated()
             self.trainer.run_callbacks("on_hessian_update")
