@@ -14,9 +14,9 @@ is; such coordinates use up part of c, but at least c / 2 of the coordinates wit
 measured where h is 0 for many (an embedding, of which each batch touches a few rows).
 
 **A young momentum.** m starts at 0: after t steps it is (1 - b1^t) g for a constant gradient and about
-sqrt(1 - b1^(2 t)) of its later size for a noisy one. No factor is right for both, so rho follows m in its first steps,
-until b1^t < YOUNG: it is measured again whenever the age of m has grown by a quarter, and such a measurement replaces
-rho. Without this, rho of the first step is several times too small until the second Hessian update.
+sqrt(1 - b1^(2 t)) of its later size for a noisy one. No factor is right for both. So while b1^t > YOUNG, a measurement
+replaces rho, and until the second Hessian update it is repeated whenever the age of m has grown by a quarter. Without
+this, rho of the first step is several times too small until the second Hessian update.
 """
 
 from __future__ import annotations

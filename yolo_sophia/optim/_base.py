@@ -388,7 +388,7 @@ class SophiaBase(Optimizer):
             updated = any(group["rho_due"] for group in groups)
             age = 1 + int(self.state[pairs[0][1]]["step"])
             young = is_young(pairs[0][0]["betas"][0], age)
-            grown = young and 0 < 1.25 * groups[0]["rho_age"] <= age
+            grown = young and groups[0]["rho_measurements"] == 1 and 0 < 1.25 * groups[0]["rho_age"] <= age
             if not updated and not grown:
                 continue
             states = [self.state[p] for _, p in pairs]
