@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -99,3 +100,38 @@ def test_patched_tree_trains_with_the_autoload_off(patch, tmp_path, tiny_run, py
         for name in ("autoload", "patched")
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+# What is expected of Ultralytics --------------------------------------------------------------------------------------
+
+
+def test_the_table_of_versions_is_the_contract():
+    from yolo_sophia.integration.contract import markdown
+
+    text = (ROOT / "docs" / "VERSIONS.md").read_text()
+    assert text.partition("<!-- contract -->\n")[2].partition("<!-- end -->")[0] == markdown()
+
+
+@pytest.mark.compat
+def test_the_installed_version_has_what_is_expected():
+    from yolo_sophia.integration.contract import CONTRACT, differences
+
+    assert differences() == {}
+    assert len({symbol.place for symbol in CONTRACT}) == len(CONTRACT)
+
+
+@pytest.mark.compat
+def test_everything_that_is_patched_wrapped_or_recorded_is_expected():
+    from yolo_sophia.integration import criteria
+    from yolo_sophia.integration.contract import CONTRACT
+
+    by_use = {use: [symbol for symbol in CONTRACT if symbol.use == use] for use in ("wrapped", "recorded")}
+    source = (ROOT / "yolo_sophia" / "integration" / "session.py").read_text()
+    wrapped = set(re.findall(r'Binding\((?:self\.)?trainer, "(\w+)"', source))
+    assert {symbol.place.rpartition(".")[2] for symbol in by_use["wrapped"]} == wrapped
+    kinds, recorded = [criteria.Recorder], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        recorded |= set(kind.recorded_callables)
+    assert {symbol.attribute for symbol in by_use["recorded"]} == recorded - {"bcedice_loss.dice"}

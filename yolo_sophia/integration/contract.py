@@ -84,6 +84,7 @@ CONTRACT = (
     Symbol("ultralytics.engine.tuner.Tuner.__init__", "patched", ("self", "args"), "children get every key explicitly"),
     Symbol("ultralytics.engine.tuner.Tuner.__call__", "patched", ("self",), "children know our arguments"),
     Symbol(f"{_BASE}preprocess_batch", "wrapped", ("self", "batch"), "a micro-batch begins"),
+    Symbol(f"{_BASE}run_callbacks", "wrapped", ("self", "event"), "callbacks may replace what is wrapped"),
     Symbol(f"{_BASE}optimizer_step", "wrapped", ("self",), "no gradient-norm clip before a step of Sophia"),
     Symbol(f"{_BASE}save_metrics", "wrapped", ("self", "metrics"), "columns of results.csv"),
     Symbol(f"{_BASE}plot_metrics", "wrapped", ("self",), "sophia.png"),
