@@ -26,7 +26,7 @@ BATCH = 8  # of each rank
 def train(tiny_data, tiny_model, tmp_path_factory, python) -> Callable[..., SimpleNamespace]:
     """What the ranks saw of a training; with beta2 = 0, h is the estimate that was committed last."""
 
-    def run(spoil: int = -1, **settings) -> SimpleNamespace:
+    def run(spoil: int = -1, edit: str = "", **settings) -> SimpleNamespace:
         folder = tmp_path_factory.mktemp("ranks")
         given = {
             "model": str(tiny_model),
@@ -58,7 +58,7 @@ def train(tiny_data, tiny_model, tmp_path_factory, python) -> Callable[..., Simp
             script = launch.generate_ddp_file(parent)
         port, tests = launch.find_free_network_port(), Path(__file__).parent
         command = ["-m", "torch.distributed.run", "--nproc_per_node", RANKS, "--master_port", port, script]
-        done = python(*command, SEEN=str(folder), SPOIL=str(spoil), PYTHONPATH=f"{tests}:{tests.parent}")
+        done = python(*command, SEEN=str(folder), SPOIL=str(spoil), EDIT=edit, PYTHONPATH=f"{tests}:{tests.parent}")
         seen = [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(RANKS)]
         return SimpleNamespace(args=parent.args, seen=seen, folder=folder / "run", said=done.stdout + done.stderr)
 
@@ -137,6 +137,17 @@ def test_what_is_not_finite_on_one_rank_is_dropped_on_both(run):
         assert dropped == [0] * 20 + [1] * 30
         assert seen["steps"][-1][1]["refresh_index"] == len(seen["seeds"]) == 26
         assert not torch.equal(seen["steps"][20][0], seen["steps"][19][0])  # the step was made all the same
+
+
+def test_ranks_decide_together_that_a_loss_is_not_known(train):
+    """The criterion is edited on the second rank alone. The first estimate is dropped, the others are signed."""
+    run = train(edit="yes", epochs=4, hessian_interval=1)
+    for seen in run.seen:
+        assert seen["known"] is False
+        assert [counters["hessian_dropped"] for _, counters in seen["steps"]] == [1] * 4
+        assert seen["steps"][-1][1]["hessian_updates"] == 3
+    assert torch.equal(*(seen["steps"][-1][0] for seen in run.seen))
+    assert run.said.count("is not known here (found on another rank)") == 1
 
 
 def test_rank_0_logs(run):

@@ -29,7 +29,8 @@ class OnCPU(DistributedDataParallel):
 
 
 class TwoProcesses(DetectionTrainer):
-    """Writes `rank<r>.pt` into `$SEEN`; on the second rank, estimate number `$SPOIL` gets a NaN.
+    """Writes `rank<r>.pt` into `$SEEN`; on the second rank, estimate number `$SPOIL` gets a NaN, and with `$EDIT` the
+    class loss is another one.
 
     The first refresh is made from whole batches, through the graph of DistributedDataParallel, whatever is asked for.
     """
@@ -46,6 +47,7 @@ class TwoProcesses(DetectionTrainer):
     def _do_train(self, *ranks):  # an argument before 8.4
         super()._do_train(*(RANKS for _ in ranks))
         self.seen["samples"] = len(self._sophia.monitor._samples)
+        self.seen["known"] = self._sophia.passes.recorder.known
         torch.save(self.seen, Path(os.environ["SEEN"]) / f"rank{RANK}.pt")
 
     def _setup_ddp(self, *_):
@@ -81,6 +83,10 @@ class TwoProcesses(DetectionTrainer):
             return found
 
         self._sophia.estimator = watched
+        if RANK == 1 and os.environ.get("EDIT"):
+            model = unwrap(self.model)
+            model.criterion = model.init_criterion()
+            model.criterion.bce = torch.nn.BCEWithLogitsLoss(reduction="none", pos_weight=torch.tensor(2.0))
 
     def keep(self) -> None:
         """Of the first two updates: the batch, the model before, gradient and h by name."""

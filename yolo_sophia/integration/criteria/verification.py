@@ -200,8 +200,9 @@ class CriterionRecorder:
         Args:
             reason: What does not fit, for the log.
         """
-        self.known, self.complete = False, True
-        self._report(reason)
+        if self.known:
+            self.known, self.complete = False, True
+            self._report(reason)
 
     def _report(self, reason: str) -> None:
         line = (
