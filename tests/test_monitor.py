@@ -30,3 +30,18 @@ def test_the_norm_of_the_update_is_that_of_the_move(cautious, power):
     row = monitor.epoch()
     assert row["sophia/update_norm"] == pytest.approx(p.detach().norm().item(), rel=1e-5)
     assert 0 < row["sophia/clip_fraction"] < 1
+
+
+def test_rho_is_that_of_a_group_that_is_trained():
+    frozen, fixed, p = (
+        Parameter(torch.ones(5), requires_grad=False),
+        Parameter(torch.ones(5)),
+        Parameter(torch.ones(50)),
+    )
+    optimizer = SophiaG([{"params": [frozen]}, {"params": [fixed], "rho": 0.7}, {"params": [p]}], rho="auto")
+    optimizer.param_groups[0].update(hessian_updates=1, hessian_dropped=0)
+    optimizer.update_hessian([None, torch.ones(5), torch.rand(50)])
+    fixed.grad, p.grad = torch.ones(5), torch.randn(50)
+    monitor = Monitor(optimizer)
+    optimizer.step()
+    assert monitor.epoch()["sophia/rho"] == optimizer.param_groups[2]["rho"] not in (1.0, 0.7)

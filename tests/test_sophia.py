@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import sophia_opt
@@ -19,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from yolo_sophia.optim import SophiaG
+from yolo_sophia.optim import DecoupledSophia, SophiaG, SophiaH
 from yolo_sophia.optim._base import MATURE
 
 STEP = {"grad": {"bs": 12}, "estimates": {}}  # what step() takes after an update_hessian() of that kind
@@ -484,3 +485,93 @@ def test_estimates_are_averaged_over_kernels_or_rows(average, kept, source):
         torch.testing.assert_close(optimizer.state[p]["hessian"], plain.state[q]["hessian"])
     with pytest.raises(ValueError, match=r"Invalid hessian_average: found 'colum', expected None or .*'kernel'"):
         SophiaG(parameters(), hessian_average="colum")
+
+
+# Curvature that never comes
+
+
+def silent(optimizer: Optimizer, steps: int) -> int:
+    """The number of warnings in some steps without a Hessian update."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            for p in held(optimizer):
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    return sum("h was never updated" in str(warning.message) for warning in found)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: SophiaG(p),
+        lambda p: SophiaH(p, hessian_interval=None),
+        lambda p: DecoupledSophia(p, lambda params: [None for _ in params]),
+    ],
+    ids=["SophiaG", "SophiaH", "DecoupledSophia"],
+)
+def test_an_h_that_is_never_updated_is_warned_of_once(make):
+    optimizer = make(parameters())
+    assert silent(optimizer, 30) == 1 and silent(optimizer, 30) == 0
+    assert silent(make(parameters()), 30) == 1  # each optimizer by itself
+
+
+@pytest.mark.parametrize("copied", [through_state_dict, copy.deepcopy, through_pickle])
+def test_an_h_of_a_run_before_or_a_learning_rate_of_0_is_no_reason_to_warn(copied):
+    optimizer = SophiaG(parameters())
+    train(optimizer, range(3))
+    assert silent(optimizer, 30) == silent(copied(optimizer), 30) == 0
+    still = SophiaG(parameters(), lr=0.0)
+    assert silent(still, 30) == 0
+    still.param_groups[0]["lr"] = 0.1
+    assert silent(still, 30) == 1
+
+
+# States of others
+
+
+@pytest.mark.parametrize("rho", [0.5, "auto"])
+def test_a_state_of_the_official_release_keeps_the_settings_passed_here(rho):
+    official = sophia_opt.SophiaG(parameters(), lr=0.03, rho=0.2)
+    train(official, range(7), "grad")
+    settings = {"bias_correction": True, "cautious": True, "hessian_average": "row", "clip_fraction": None}
+    optimizer = SophiaG(copies(official), rho=rho, **settings)
+    expected = {key: optimizer.param_groups[0][key] for key in settings}
+    optimizer.load_state_dict(copy.deepcopy(official.state_dict()))
+    group = optimizer.param_groups[0]
+    assert {key: group[key] for key in settings} == expected
+    assert (group["lr"], group["rho"]) == (0.03, 0.2)  # what the checkpoint has
+    train(optimizer, range(7, 9), "grad")
+    assert (group["rho"] != 0.2) == (rho == "auto")
+
+
+def test_a_loaded_h_of_the_official_release_is_mature():
+    official = sophia_opt.SophiaG(parameters(), lr=0.03, betas=(0.9, 0.8), rho=0.2)
+    train(official, range(7), "grad")
+    optimizer = SophiaG(copies(official), bias_correction=True)
+    optimizer.load_state_dict(copy.deepcopy(official.state_dict()))
+    for o in (official, optimizer):
+        train(o, range(7, 16), "grad")
+    for p, q in zip(held(optimizer), held(official)):
+        torch.testing.assert_close(p, q)
+
+
+def test_hooks_convert_a_state_before_it_is_validated():
+    source, optimizer = SophiaG(parameters()), SophiaG(parameters(), lr=0.5)
+    train(source, range(4))
+    foreign = copy.deepcopy(source.state_dict())
+    for state in foreign["state"].values():
+        state["curvature"] = state.pop("hessian")
+
+    def convert(_, given):
+        states = {
+            i: {("hessian" if k == "curvature" else k): v for k, v in s.items()} for i, s in given["state"].items()
+        }
+        return {**given, "state": states}
+
+    with pytest.raises(ValueError, match="not SophiaG's"):
+        optimizer.load_state_dict(foreign)
+    optimizer.register_load_state_dict_pre_hook(convert)
+    optimizer.load_state_dict(foreign)
+    for p, q in zip(held(optimizer), held(source)):
+        assert torch.equal(optimizer.state[p]["hessian"], source.state[q]["hessian"])

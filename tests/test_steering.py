@@ -160,3 +160,74 @@ def test_groups_of_one_fraction_share_one_rho_and_fixed_groups_keep_theirs():
 def test_refusals(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it(Parameter(torch.ones(2)))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_share_holds_whatever_the_sign(maximize):
+    p = Parameter(torch.zeros(20000))
+    optimizer = SophiaG([p], lr=0.0, rho="auto", clip_fraction=0.5, betas=(0.9, 0.9), maximize=maximize)
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        g = torch.randn(20000, generator=noise) + 1
+        p.grad = -g if maximize else g
+        optimizer.update_hessian([torch.rand(20000, generator=noise) + 0.1])
+        optimizer.step()
+    assert clipped(optimizer, p) == pytest.approx(0.5, abs=0.02)
+
+
+def clipped(optimizer: SophiaG, p: Parameter, chosen: slice | Tensor = slice(None)) -> float:
+    """The share of some coordinates that the last step clipped."""
+    state, rho = optimizer.state[p], optimizer.param_groups[0]["rho"]
+    return float((state["exp_avg"].abs() >= rho * state["hessian"])[chosen].float().mean())
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0, 100.0], ids=["noise", "both", "signal"])
+@pytest.mark.parametrize("clip_fraction", [0.3, 0.6])
+def test_the_share_holds_while_the_momentum_is_young(signal, clip_fraction):
+    noise = torch.Generator().manual_seed(0)
+    p, slope = Parameter(torch.zeros(20000)), signal * torch.randn(20000, generator=noise)
+    optimizer = SophiaG([p], lr=0.0, rho="auto", clip_fraction=clip_fraction)
+    optimizer.update_hessian([torch.rand(20000, generator=noise) + 0.1])
+    shares = []
+    for _ in range(80):
+        p.grad = slope + torch.randn(20000, generator=noise)
+        optimizer.step()
+        shares.append(clipped(optimizer, p))
+    assert max(abs(share - clip_fraction) for share in shares) < 0.1
+    assert optimizer.param_groups[0]["rho_measurements"] == 1
+
+
+@pytest.mark.parametrize("size", [2000, 5 * SAMPLE])
+@pytest.mark.parametrize("still", ["no gradient and no h", "no gradient"])
+def test_coordinates_that_do_not_move_do_not_count(still, size):
+    noise, p, moving = torch.Generator().manual_seed(0), Parameter(torch.zeros(size)), slice(0, size // 50)
+    optimizer = SophiaG([p], lr=0.0, rho="auto", clip_fraction=0.5)
+    h, g = torch.rand(size, generator=noise) + 0.1, torch.zeros(size)
+    if still == "no gradient and no h":
+        h[size // 50 :] = 0
+    g[moving] = torch.randn(size // 50, generator=noise)
+    optimizer.update_hessian([h])
+    p.grad = g
+    optimizer.step()
+    assert optimizer.param_groups[0]["rho_measurements"] == 1
+    assert clipped(optimizer, p, moving) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("unknown", [0.0, 0.3, 0.9, 0.999])
+def test_coordinates_without_curvature_use_up_at_most_half_of_the_share(unknown):
+    noise, size = torch.Generator().manual_seed(0), 20000
+    p, known = Parameter(torch.zeros(size)), torch.rand(size, generator=noise) >= unknown
+    optimizer = SophiaG([p], lr=0.0, rho="auto", clip_fraction=0.6)
+    optimizer.update_hessian([torch.where(known, torch.rand(size, generator=noise) + 0.1, 0)])
+    p.grad = torch.randn(size, generator=noise)
+    optimizer.step()
+    expected = max((0.6 - unknown) / (1 - unknown), 0.3)
+    assert clipped(optimizer, p, known) == pytest.approx(expected, abs=0.02 if unknown < 0.99 else 0.15)
+
+
+def test_a_fixed_rho_beside_an_automatic_one_with_a_fraction():
+    first, second = Parameter(torch.ones(2)), Parameter(torch.ones(2))
+    optimizer = SophiaG([{"params": [first]}, {"params": [second], "rho": 0.5}], rho="auto", clip_fraction=0.3)
+    assert [group["clip_fraction"] for group in optimizer.param_groups] == [0.3, None]
+    optimizer = SophiaG([{"params": [first]}, {"params": [second], "rho": "auto"}], rho=0.1, clip_fraction=0.3)
+    assert [(group["rho"], group["clip_fraction"]) for group in optimizer.param_groups] == [(0.1, None), (1.0, 0.3)]
