@@ -51,7 +51,6 @@ CLASS_WEIGHTS = (0.4, 1.0, 2.5)
 CASES = {
     "cls": ("cls",),
     "dfl": ("dfl",),
-    "cls + dfl": ("cls", "dfl"),
     "ciou": ("ciou",),
     "all": ("cls", "dfl", "ciou"),
 }

@@ -220,7 +220,9 @@ LOGGERS = {  # logger: package, and what reads back what was logged for sophia/r
     "tensorboard": (
         "tensorboard",
         "from tensorboard.backend.event_processing.event_accumulator import EventAccumulator as E\n"
-        "e = E(str(save_dir)); e.Reload(); print('LOGGED', [s.value for s in e.Scalars('sophia/rho')])",
+        "e = E(str(save_dir)); e.Reload(); print('LOGGED', [s.value for s in e.Scalars('sophia/rho')])\n"
+        "names = 'clip_fraction rho grad_norm momentum_norm hessian_norm update_norm refreshes'.split()\n"
+        "assert all([s.step for s in e.Scalars(f'sophia/{name}')] == [1, 2] for name in names)",
     ),
     "mlflow": (
         "mlflow",

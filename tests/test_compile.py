@@ -14,7 +14,10 @@ from yolo_sophia import install
 from yolo_sophia.integration import estimate
 from yolo_sophia.integration.subsample import loss_of_part
 
-pytestmark = pytest.mark.requires("compile" in DEFAULT_CFG_DICT, reason="this Ultralytics has no compile=")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.requires("compile" in DEFAULT_CFG_DICT, reason="this Ultralytics has no compile="),
+]
 COMPILE = torch.compile
 
 

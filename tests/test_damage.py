@@ -30,6 +30,8 @@ from yolo_sophia.runs.local_executor import LocalExecutor
 from yolo_sophia.runs.scheduler import RunQueue, folder_of
 from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, is_intact, read_curve
 
+pytestmark = pytest.mark.slow
+
 
 def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

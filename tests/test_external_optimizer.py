@@ -44,6 +44,7 @@ def train(tiny_run: dict, **arguments):
     return model.trainer, seen
 
 
+@pytest.mark.slow
 def test_trains_with_the_optimizers_own_default_learning_rate(tiny_run):
     trainer, seen = train(tiny_run, optimizer="torch.optim.RAdam", optimizer_args={"betas": (0.8, 0.9)})
     assert type(seen["optimizer"]) is torch.optim.RAdam
@@ -55,6 +56,7 @@ def test_trains_with_the_optimizers_own_default_learning_rate(tiny_run):
         assert not [column for column in next(csv.reader(file)) if column.strip().startswith("sophia/")]
 
 
+@pytest.mark.slow
 def test_momentum_reaches_an_optimizer_that_has_one(tiny_run):
     path = f"{__name__}.Swallowing"
     trainer, seen = train(tiny_run, optimizer=path, optimizer_args={"momentum": 0.7}, lr0=0.003)
@@ -62,11 +64,13 @@ def test_momentum_reaches_an_optimizer_that_has_one(tiny_run):
     assert {group["momentum"] for group in seen["optimizer"].param_groups} == {0.7}
 
 
+@pytest.mark.slow
 def test_weight_decay_replaces_ultralytics_own_where_there_is_decay(tiny_run):
     _, seen = train(tiny_run, optimizer="torch.optim.RAdam", optimizer_args={"weight_decay": 0.25})
     assert sorted({group["weight_decay"] for group in seen["optimizer"].param_groups}) == [0.0, 0.25]
 
 
+@pytest.mark.slow
 def test_state_stays_float32_in_checkpoints(tiny_run):
     saved = {}
 

@@ -27,6 +27,8 @@ from yolo_sophia.options import ALL
 from yolo_sophia.presets import load_preset
 from yolo_sophia.tune import plan as tuning
 
+pytestmark = pytest.mark.slow
+
 EVIL = [
     "", " ", "=", "-", "--", "~", ".", "..", "../../x", "..\\..\\x", "/etc/passwd", "/dev/stdin", "C:\\x", "//host/x",
     "CON", "nul.txt", "com1", "a.", "a" * 500, "\u0000", "a\u0000b", "\n", "a\nb: c", "\u001b[31m", "\u007f",
