@@ -67,12 +67,12 @@ class Comparison:
     """A comparison with its folder."""
 
     def __init__(self, folder: Path, address: str, *words: str):
-        self.folder, self.address = folder, address
+        self.folder, self.address, self.command = folder, address, "compare"
         self.words = [*words, "engine=ray", "seeds=[3]", "batch=4", "nbs=4", "imgsz=64", "device=cpu", "out=out"]
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "yolo_sophia.cli", "compare", *self.words],
+            [sys.executable, "-m", "yolo_sophia.cli", self.command, *self.words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -179,6 +179,15 @@ def test_ctrl_c_leaves_everything_resumable_and_company_is_let_be(cluster, tiny_
     assert f"{taken.name} elsewhere" in err
     for folder in planned.values():
         assert [row["epoch"] for row in read_curve(folder)] == [1, 2, 3, 4]
+
+
+def test_a_study_runs_on_the_cluster(cluster, tiny_data, tiny_model, tmp_path):
+    made = Comparison(tmp_path, cluster, f"data={tiny_data}", f"model={tiny_model}", "epochs=1", "trials=2")
+    made.command, made.words = "tune", [*made.words, "pruner=none"]
+    done = made.run()
+    assert done.code == 0 and "best: trial " in done.out, done.err
+    found = list((tmp_path / "out" / "runs").iterdir())
+    assert len(found) == 2 and all((folder / RECEIPT).is_file() and nodes(folder) for folder in found)
 
 
 def test_places(connected):
