@@ -20,10 +20,12 @@ import yaml
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from ultralytics import YOLO
+from ultralytics.utils.torch_utils import convert_optimizer_state_dict_to_fp16
 
 from yolo_sophia import atomic, cli
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.plan import build, runs
+from yolo_sophia.integration.checkpoints import convert_others
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.runs import scheduler, worker
 from yolo_sophia.runs.local_executor import LocalExecutor
@@ -417,6 +419,75 @@ def test_a_run_of_a_comparison_with_a_damaged_checkpoint_begins_anew(tiny_data, 
     rows = read_curve(folder)
     assert [row["epoch"] for row in rows] == [1, 2] and [row["steps"] for row in rows] == [4, 8]
     assert "is damaged and cannot be resumed from: this training starts again" in (folder / "log.txt").read_text()
+
+
+# Precision of the saved state -----------------------------------------------------------------------------------------
+
+
+def own_state(kind: Any, **settings: Any) -> dict[str, Any]:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = kind([p], lr=0.1, **settings)
+    p.grad = torch.full_like(p, 1e-6)
+    if hasattr(optimizer, "update_hessian"):
+        optimizer.update_hessian([torch.full_like(p, 1e-9)])
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("kind", [SophiaG, SophiaH])
+def test_state_of_our_optimizers_is_saved_as_it_is(kind):
+    """Whoever made the optimizer; beside it, the state of others is converted as Ultralytics does."""
+    settings = {"k": None} if kind is SophiaH else {}
+    saved, other = own_state(kind, **settings), own_state(torch.optim.Adamax)
+    saved["state"]["other"] = other["state"][0]
+    saved["param_groups"] += other["param_groups"]
+    expected = convert_optimizer_state_dict_to_fp16(copy.deepcopy(other))["state"][0]
+    found = convert_others(convert_optimizer_state_dict_to_fp16, saved)["state"]
+    assert found[0]["hessian"].dtype == found[0]["exp_avg"].dtype == torch.float32 and found[0]["hessian"].all()
+    assert {key: value.dtype for key, value in found["other"].items()} == {
+        key: value.dtype for key, value in expected.items()
+    }
+    assert found["other"]["exp_inf"].dtype == torch.float16
+
+
+@pytest.mark.compat
+def test_state_of_other_optimizers_is_ultralytics_own():
+    """Another implementation of Sophia too: its state has other keys, and is not ours to keep."""
+    for state in (own_state(torch.optim.Adamax), {"state": {0: {"hessian": torch.ones(2)}}, "param_groups": [{}]}):
+        expected = convert_optimizer_state_dict_to_fp16(copy.deepcopy(state))
+        found = convert_others(convert_optimizer_state_dict_to_fp16, copy.deepcopy(state))
+        for key, value in expected["state"][0].items():
+            assert found["state"][0][key].dtype == value.dtype
+
+
+@pytest.mark.slow
+@pytest.mark.compat
+def test_a_trainer_with_an_optimizer_of_its_own_saves_float32(tiny_run):
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    class Own(DetectionTrainer):
+        def build_optimizer(self, model, *args, **kwargs):
+            return SophiaG([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+        def optimizer_step(self):
+            self.optimizer.update_hessian(
+                [None if p.grad is None else (p.grad / 100).square() for p in self.optimizer.param_groups[0]["params"]]
+            )
+            super().optimizer_step()
+
+    seen = []
+
+    def look(trainer: Any) -> None:
+        for path in (trainer.last, trainer.best):
+            live = trainer.optimizer.state_dict()["state"]
+            saved = load(path)["optimizer"]["state"]
+            seen.append(all(torch.equal(saved[key]["hessian"], live[key]["hessian"]) for key in live))
+
+    trainer = Own(overrides={**tiny_run, "epochs": 1, "optimizer": "AdamW"})
+    trainer.add_callback("on_model_save", look)
+    trainer.train()
+    assert seen == [True, True]
 
 
 # Checkpoints of others ------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from yolo_sophia import autoload
 from yolo_sophia.integration.recalibration import recalibrate_before_validation
 
 
@@ -33,6 +35,8 @@ def run_training(
     import torch
     from ultralytics import YOLO
 
+    with contextlib.suppress(RuntimeError):  # raised again by a run that needs what does not fit
+        autoload.install()  # a worker may have no active `.pth` line
     if threads:
         torch.set_num_threads(threads)
     arguments = dict(arguments)
