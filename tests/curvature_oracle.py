@@ -4,7 +4,7 @@ A tiny detector with Ultralytics' real head, loss and assigner runs in float64 w
 diagonal of  G = sum_i c_i J_i^T S_i J_i  is computed here from the loss formula (utils/loss.py, v8DetectionLoss) and
 full Jacobians of the head's raw outputs, and compared with the mean of many estimates of the product.
 
-The rule: the exact side takes nothing from `yolo_sophia`; the estimated side takes its terms and its samples from
+The exact side takes nothing from `yolo_sophia`; the estimated side takes its terms and its samples from
 nowhere else. The formula itself is checked: the loss it gives must equal the criterion's.
 
     python tests/curvature_oracle.py [--samples 20000] [--seed 0]
@@ -115,7 +115,7 @@ def random_batch(seed: int = 0, images: int = IMAGES, boxes: int = 3, size: int 
 
 @dataclass
 class Pass:
-    """One forward pass and one call of the criterion, with the product listening."""
+    """One forward pass and one call of the criterion, recorded by the product."""
 
     model: DetectionModel
     criterion: Any
@@ -127,7 +127,7 @@ class Pass:
 
 
 def forward(model: DetectionModel, batch: dict[str, Tensor]) -> Pass:
-    """Run the model and its criterion once, listening with `DetectionRecorder`."""
+    """Run the model and its criterion once, recorded with `DetectionRecorder`."""
     criterion = model.init_criterion()
     recorder = DetectionRecorder(criterion)
     preds = model(batch["img"])

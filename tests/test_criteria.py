@@ -42,7 +42,7 @@ def double():
         yield
 
 
-def listen(model: nn.Module, batch: dict) -> SimpleNamespace:
+def recorded_pass(model: nn.Module, batch: dict) -> SimpleNamespace:
     """A pass through the model and its loss, recorded by the product."""
     recorder = CriterionRecorder(model)
     recorder.start(batch, len(batch["img"]))
@@ -70,12 +70,12 @@ def diagonal(outputs: list, curvatures: list, params: list) -> torch.Tensor:
 
 def exact_diagonal(model: nn.Module, batch: dict, params: list, functions: tuple[str, ...]) -> torch.Tensor:
     """Diagonal of the Gauss-Newton matrix of all losses that the model computes with these functions of PyTorch."""
-    heard = []
+    recorded = []
 
     def spy(original, name):
         def call(output, *args, **kwargs):
             leaf = output.detach().requires_grad_()
-            heard.append((name, output, leaf))
+            recorded.append((name, output, leaf))
             return original(leaf, *args, **kwargs)
 
         return call
@@ -83,7 +83,7 @@ def exact_diagonal(model: nn.Module, batch: dict, params: list, functions: tuple
     with mock.patch.multiple(F, **{name: spy(getattr(F, name), name) for name in functions}):
         loss = model(batch)[0].sum()
     outputs, curvatures = [], []
-    for name, output, leaf in heard:
+    for name, output, leaf in recorded:
         if output.requires_grad:
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
             # The convention for an absolute error: a Laplace distribution of scale 1, whose Fisher information is the
@@ -97,7 +97,7 @@ def exact_diagonal(model: nn.Module, batch: dict, params: list, functions: tuple
 @pytest.mark.parametrize(("task", "two_heads"), [f for f in FAMILIES if "classify" not in f.id])
 def test_expected_estimate_of_the_likelihoods_is_the_exact_diagonal(double, task, two_heads):
     model, batch = build(task, two_heads), batch_of(task)
-    run = listen(model, batch)
+    run = recorded_pass(model, batch)
     small = [p for p in run.params if p.numel() < 600]  # of every branch some; whole Jacobians are large
     terms = [t for t in run.terms if not isinstance(t, (Quadratic, Categorical))]
     found = diagonal([t.output for t in terms], [oracle.second_moment(t) for t in terms], small)
@@ -108,7 +108,7 @@ def test_expected_estimate_of_the_likelihoods_is_the_exact_diagonal(double, task
 
 def test_classification_is_the_exact_diagonal(double):
     model, batch = build("classify"), batch_of("classify", images=3)
-    run = listen(model, batch)
+    run = recorded_pass(model, batch)
     found = oracle.expected_estimate(run.terms, run.params)
     logits = model(batch["img"])
     hessian = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, batch["cls"]), logits.detach())
@@ -120,7 +120,7 @@ def test_classification_is_the_exact_diagonal(double):
 @pytest.mark.parametrize(("task", "two_heads"), FAMILIES)
 def test_no_parameter_with_a_gradient_is_without_curvature(task, two_heads):
     model, batch = build(task, two_heads), batch_of(task)
-    run = listen(model, batch)
+    run = recorded_pass(model, batch)
     assert run.recorder.known
     gradients = torch.autograd.grad(run.loss, run.params, retain_graph=True, allow_unused=True)
     for estimate in (GaussNewtonBartlett(), EmpiricalFisher()):
@@ -128,7 +128,7 @@ def test_no_parameter_with_a_gradient_is_without_curvature(task, two_heads):
         for name, gradient, h in zip(run.names, gradients, found):
             if gradient is not None and gradient.any():
                 assert h is not None and h.any() and h.isfinite().all(), name
-    # Nothing of the listening stays on the model.
+    # Nothing of the recording stays on the model.
     copy.deepcopy(model)
     assert "loss" not in vars(model)
     plain = model(batch)[0].sum()
@@ -140,7 +140,7 @@ def test_without_objects_there_is_an_estimate(task, two_heads):
     batch = batch_of(task)
     empty = {key: value[:0] if len(value) == len(batch["cls"]) else value for key, value in batch.items()}
     empty["masks"] = torch.zeros_like(batch["masks"])
-    run = listen(build(task, two_heads), empty)
+    run = recorded_pass(build(task, two_heads), empty)
     found = GaussNewtonBartlett()(run.terms, run.params, Generator().manual_seed(0))
     assert all(h is None or h.isfinite().all() for h in found) and any(h is not None and h.any() for h in found)
 
@@ -159,10 +159,10 @@ def assert_projection(root: torch.Tensor, hessian: torch.Tensor) -> None:
 
 def test_keypoints_have_the_projected_hessian_of_their_similarity(double):
     model, batch = build("pose"), batch_of("pose")
-    original, heard = model.criterion.keypoint_loss, []
-    model.criterion.keypoint_loss = lambda *args: heard.append(args) or original(*args)
-    (term,) = [t for t in listen(model, batch).terms if isinstance(t, Quadratic) and t.output.shape[-1] == 2]
-    ((points, targets, visible, area), *_) = heard
+    original, recorded = model.criterion.keypoint_loss, []
+    model.criterion.keypoint_loss = lambda *args: recorded.append(args) or original(*args)
+    (term,) = [t for t in recorded_pass(model, batch).terms if isinstance(t, Quadratic) and t.output.shape[-1] == 2]
+    ((points, targets, visible, area), *_) = recorded
     anchors, count = visible.shape
     gain = GAINS["pose"] * len(batch["img"]) / (anchors * count)
     spread = (2 * original.sigmas).square() * (area + 1e-9) * 2  # 2 s (2 sigma)^2 of the COCO measure
@@ -185,10 +185,10 @@ def test_keypoints_have_the_projected_hessian_of_their_similarity(double):
 
 def test_rotated_boxes_have_the_projected_hessian_of_overlap_and_angle(double):
     model, batch = build("obb"), batch_of("obb")
-    original, heard = model.criterion.bbox_loss, []
-    original.register_forward_pre_hook(lambda _, args: heard.append(args))
-    (term,) = [t for t in listen(model, batch).terms if isinstance(t, Quadratic)]
-    _, boxes, _, targets, scores, total, mask = heard[0][:7]
+    original, recorded = model.criterion.bbox_loss, []
+    original.register_forward_pre_hook(lambda _, args: recorded.append(args))
+    (term,) = [t for t in recorded_pass(model, batch).terms if isinstance(t, Quadratic)]
+    _, boxes, _, targets, scores, total, mask = recorded[0][:7]
     floor = {"floor": original.floor} if hasattr(original, "floor") else {}
     angles = hasattr(model.criterion, "calculate_angle_loss")
     weights = len(batch["img"]) * scores.sum(-1)[mask] / total
@@ -209,10 +209,10 @@ def test_rotated_boxes_have_the_projected_hessian_of_overlap_and_angle(double):
 def test_residual_log_likelihood_is_the_outer_product_of_each_keypoint(double):
     model, batch = build("pose", two_heads=True), batch_of("pose")
     many = model.criterion.one2many
-    original, heard = many.rle_loss, []
-    many.rle_loss = lambda *args: heard.append(args) or original(*args)
-    term = next(t for t in listen(model, batch).terms if isinstance(t, Quadratic) and t.output.shape[-1] == 5)
-    ((sigma, log_phi, error, weight), *_) = heard
+    original, recorded = many.rle_loss, []
+    many.rle_loss = lambda *args: recorded.append(args) or original(*args)
+    term = next(t for t in recorded_pass(model, batch).terms if isinstance(t, Quadratic) and t.output.shape[-1] == 5)
+    ((sigma, log_phi, error, weight), *_) = recorded
     c = GAINS["rle"] * len(batch["img"]) * model.criterion.o2m / len(sigma)
     s, w = sigma.detach(), weight[:, None]
     # Per keypoint w sum_d (log s_d - log phi + log 2 s_d + |e_d|).
@@ -228,11 +228,11 @@ def test_residual_log_likelihood_is_the_outer_product_of_each_keypoint(double):
 def test_the_weights_of_the_heads_are_those_of_the_epoch():
     model, batch = build("detect", two_heads=True), batch_of("detect")
     model.args.epochs = 10
-    before = listen(model, batch).terms
+    before = recorded_pass(model, batch).terms
     model.criterion.update()
     o2m, o2o = model.criterion.o2m, model.criterion.o2o
     assert (o2m, o2o) != (0.8, pytest.approx(0.2))
-    after = listen(model, batch).terms
+    after = recorded_pass(model, batch).terms
     for old, new, factor in zip(before, after, [o2m / 0.8] * 3 + [o2o / (1 - 0.8)] * 3):
         if isinstance(new, Quadratic):
             torch.testing.assert_close(new.root, old.root * factor**0.5)
@@ -249,7 +249,7 @@ def test_distillation_is_the_exact_diagonal(double):
     torch.manual_seed(1)
     model = distill.DistillationModel(teacher, student).double().train()
     batch = batch_of("detect")
-    run = listen(model, batch)
+    run = recorded_pass(model, batch)
     projector = [p for n, p in zip(run.names, run.params) if "projector" in n and p.numel() < 600]
     terms = run.terms[6:]  # after those of the two heads
     found = diagonal([t.output for t in terms], [oracle.second_moment(t) for t in terms], projector)
@@ -311,7 +311,7 @@ def test_unknown_losses_are_cut_at_the_outputs_of_the_model(name):
     """The gradients at the outputs make up the whole gradient: no output is missing, and none counts twice."""
     torch.manual_seed(0)
     model, batch = STRANGERS[name]()
-    run = listen(model, batch)
+    run = recorded_pass(model, batch)
     assert not run.recorder.known
     assert all(type(t) is SignRandomised for t in run.terms)
     outputs, gradients = [t.output for t in run.terms], [t.gradient for t in run.terms]
@@ -339,7 +339,7 @@ def test_world_models_share_the_detection_loss():
     layout["head"] = [[[2, 3], 1, "WorldDetect", ["nc", 512, False]]]
     model = tasks.WorldModel(layout, nc=3, verbose=False).train()
     model.args = SimpleNamespace(**GAINS)
-    run = listen(with_criterion(model), {**batch_of("detect"), "txt_feats": torch.randn(2, 3, 512)})
+    run = recorded_pass(with_criterion(model), {**batch_of("detect"), "txt_feats": torch.randn(2, 3, 512)})
     assert run.recorder.known
     found = GaussNewtonBartlett()(run.terms, run.params, Generator().manual_seed(0))
     assert all(h.any() for h, name in zip(found, run.names) if ".dfl." not in name)

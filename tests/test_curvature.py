@@ -216,7 +216,7 @@ def test_estimate_leaves_gradients_buffers_and_random_states_alone(name):
         assert p.grad is None if g is None else torch.equal(p.grad, g)
 
 
-def test_listening_draws_no_global_noise_and_changes_no_loss():
+def test_recording_draws_no_global_noise_and_changes_no_loss():
     model, batch = oracle.tiny_detector(), oracle.random_batch()
     criterion = model.init_criterion()
     preds = model(batch["img"])
@@ -224,9 +224,9 @@ def test_listening_draws_no_global_noise_and_changes_no_loss():
     recorder = DetectionRecorder(criterion)
     states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
     recorder.start()
-    heard = criterion(preds, batch)[0]
+    recorded = criterion(preds, batch)[0]
     recorder.terms()
-    assert torch.equal(plain, heard)
+    assert torch.equal(plain, recorded)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (str(np.random.get_state()), random.getstate())
 

@@ -1,6 +1,6 @@
 """Estimates on batches of their own: a forward pass of a model that leaves no trace in it.
 
-The rule: the model's buffers, its train or eval mode and every `.grad` are as before. The pass runs in the mode that
+The model's buffers, its train or eval mode and every `.grad` are left unchanged. The pass runs in the mode that
 the model is in, on copies of the buffers, so that running statistics of BatchNorm do not move twice.
 """
 

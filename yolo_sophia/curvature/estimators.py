@@ -1,7 +1,7 @@
 """Estimators of a diagonal curvature, behind one protocol.
 
-The rule: an estimator pulls cotangents back through a graph that exists already. It runs no forward, writes no `.grad`,
-touches no buffer and no global random state; the graph stays usable for the ordinary backward pass.
+An estimator pulls cotangents back through an existing graph. It runs no forward pass, writes no `.grad`, and
+touches no buffer and no global random state. The graph stays usable for the ordinary backward pass.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from yolo_sophia.curvature.signs import rademacher
 class Hutchinson:
     """Unbiased diagonal of the Hessian from Hessian-vector products.
 
-    The rule of the other estimators holds: no forward, no `.grad`, no buffer and no global random state is touched, and
+    As with the other estimators, no forward, no `.grad`, no buffer and no global random state is touched, and
     the graph stays usable for the ordinary backward pass. A probe costs about two backward passes.
 
     Args:

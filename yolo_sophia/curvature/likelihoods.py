@@ -1,6 +1,6 @@
 """Loss terms as likelihoods: from model outputs and loss coefficients to sampled cotangents.
 
-The rule: a term  L = sum_i c_i * nll(y_i | f_i)  adds  sum_i c_i J_i^T S_i J_i  to the Gauss-Newton matrix, with
+A term  L = sum_i c_i * nll(y_i | f_i)  adds  sum_i c_i J_i^T S_i J_i  to the Gauss-Newton matrix, with
 S_i = Cov(mu_i - y) for y drawn from the model's own p(. | f_i). Its cotangent on the output is sqrt(c_i) (mu_i - y_i):
 the covariance is c_i S_i, so the square of its pull-back to the parameters is, in expectation, the diagonal of the
 matrix (Gauss-Newton-Bartlett, arXiv 2305.14342, section 2.3). The root of the coefficient, not the coefficient, is what

@@ -1,6 +1,6 @@
 """PyTorch's common losses as loss terms: which likelihood, and which coefficient per prediction.
 
-The rule: the second derivative of the loss by the model's output equals that of the term, for both reductions (but for
+The second derivative of the loss by the model's output equals that of the term, for both reductions (but for
 the absolute error, which has none). Labels are drawn from the model, weights stay those of the data. "mean" divides as
 PyTorch does: by the number of elements, or for a class-weighted cross-entropy by the sum of the labels' weights.
 """

@@ -123,8 +123,8 @@ def signed_terms(outputs: list[Tensor], loss: Tensor) -> list[SignRandomised]:
     """Terms of any loss: each output of the last layer, with the gradient of the loss and a random sign per element.
 
     This is an empirical Gauss-Newton diagonal: true labels, no cross terms between outputs. The coefficients of the
-    loss are inside the gradient and cannot be told from it, so they count squared, where a likelihood's count once:
-    rho means another thing here. See curvature/signs.py.
+    loss are inside the gradient and cannot be separated from it, so they count squared, where a likelihood's count
+    once. rho has another meaning here. See curvature/signs.py.
     """
     scale = gradient_scale(outputs)
     return sign_randomised(loss * scale, outputs, coefficient=scale**2)

@@ -1,6 +1,6 @@
 """Losses that are no likelihoods, row by row: IoU, keypoint similarity, an angle.
 
-The rule: such a loss is a sum over rows (an anchor's box, a keypoint). Its curvature is the small Hessian of each row
+Such a loss is a sum over rows (an anchor's box, a keypoint). Its curvature is the small Hessian of each row
 with negative eigenvalues dropped, which makes it a Gauss-Newton matrix of that loss. The criterion's own callable is
 differentiated, so its formula is written nowhere here.
 """
