@@ -234,8 +234,8 @@ def test_start_line_says_what_is_used_and_why(sophia):
     for part in (
         "preset 'detect-scratch' (studied)",
         "hessian_estimator=gnb (preset)",
-        "hessian_interval=5 (typed)",
-        "rho=0.3 (typed)",
+        "hessian_interval=5 (explicit)",
+        "rho=0.3 (explicit)",
         f"lr0={SCRATCH['lr0']} (preset)",
     ):
         assert part in line
@@ -318,7 +318,7 @@ def test_bias_groups_start_without_the_sgd_warmup(sophia, train):
 
 def test_empirical_fisher_gives_another_curvature(sophia, train):
     run = train(hessian_estimator="empirical_fisher")
-    assert "hessian_estimator=empirical_fisher (typed)" in run.log
+    assert "hessian_estimator=empirical_fisher (explicit)" in run.log
     first, other = (torch.cat([h.flatten() for h in r.hessians[0]]) for r in (sophia, run))
     assert run.batches[0] == sophia.batches[0]
     assert other.isfinite().all()
