@@ -16,7 +16,7 @@ else:
 
 PACKAGE = Path(__file__).parent.parent / "yolo_sophia"
 ALLOWED = {  # room -> rooms of this package that it may import
-    "optim": {"optim", "curvature"},
+    "optim": {"options", "optim", "curvature"},
     "curvature": {"curvature"},
     "atomic": set(),
     "options": set(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ from yolo_sophia.integration import resolution
 from yolo_sophia.integration.arguments import OUR_KEYS, SOPHIA_KEYS, canonical_optimizer, finalize
 from yolo_sophia.integration.explicit import MARKER, keyword_arguments
 from yolo_sophia.integration.resolution import Facts, resolve
+from yolo_sophia.optim import DecoupledSophia, Sophia, SophiaG, SophiaH
 from yolo_sophia.optim._base import HESSIAN_AVERAGES
 from yolo_sophia.options import ALL, OPTIONS, ULTRALYTICS_ARGS
 from yolo_sophia.presets import load_preset, preset_directory, preset_names
@@ -719,6 +721,17 @@ def test_the_table_in_the_documentation():
     spec.loader.exec_module(module)
     text = (root / "docs" / "arguments.md").read_text()
     assert module.with_table(text) == text
+
+
+@pytest.mark.parametrize("cls", [SophiaG, SophiaH, DecoupledSophia, Sophia])
+def test_constructors_document_the_options_that_they_share(cls):
+    """The text and the defaults of options.py; in the Agora interface rho is another thing, the bound of the clip."""
+    text = " ".join(cls.__doc__.split())
+    agora = issubclass(cls, DecoupledSophia)
+    shared = inspect.signature(cls.__init__).parameters.keys() & OPTIONS.keys() - ({"rho"} if agora else set())
+    assert agora or {"rho", "clip_fraction", "hessian_power", "hessian_average", "cautious"} <= shared
+    assert all(f"{name}: {OPTIONS[name].doc}" in text for name in shared)
+    assert "{" not in cls.__doc__
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

@@ -29,9 +29,6 @@ from torch import Tensor
 
 from yolo_sophia.optim._step import denominator
 
-CLIP_FRACTION = 0.6
-"""The fraction wanted where none is given (docs/studies)."""
-
 SMOOTHING = 0.3
 """Weight of a measurement once there are many: rho remembers about three Hessian updates."""
 

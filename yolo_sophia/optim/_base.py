@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from yolo_sophia.optim._auto_rho import CLIP_FRACTION, clip_quantile, is_young, smoothed
+from yolo_sophia.optim._auto_rho import clip_quantile, is_young, smoothed
 from yolo_sophia.optim._compat import DEPRECATED, reads_old_keys, renamed
 from yolo_sophia.optim._ranks import mean_over_ranks
 from yolo_sophia.optim._step import StepOptions, choose_step, hessian_scale
+from yolo_sophia.options import OPTIONS
 
 STATE = ("step", "exp_avg", "hessian", "hessian_updates")
 MOMENTS = ("exp_avg", "hessian")
@@ -32,7 +33,7 @@ MOMENTS = ("exp_avg", "hessian")
 CLASS_KEYS = ("hessian_source", "seed", "n_samples")
 """Keys of the parameter groups that tell the optimizers of this package apart."""
 
-OPTIONS: Mapping[str, Any] = MappingProxyType(
+GROUP_KEYS: Mapping[str, Any] = MappingProxyType(
     {
         "maximize": False,
         "foreach": None,
@@ -62,22 +63,19 @@ SHARED_DOCS = {
     "params": "params: Parameters or parameter groups, real floating-point, dense gradients.",
     "lr": "lr: Learning rate, >= 0; the largest move of a coordinate in one step (before weight decay).",
     "betas": "betas: Decay of the momentum m per step and of the curvature h per Hessian update, each in [0, 1).",
-    "rho": """rho: Scale of the curvature in the denominator, > 0: larger rho means fewer clipped coordinates.
-            "auto" sets it by `clip_fraction`, see `optim/_auto_rho.py`.""",
+    "rho": f"rho: {OPTIONS['rho'].doc}",
     "weight_decay": """weight_decay: Decoupled weight decay, >= 0; a step multiplies the parameters by
             1 - lr * weight_decay.""",
+    "hessian_interval": f"hessian_interval: {OPTIONS['hessian_interval'].doc}",
     "seed": "seed: Seed of the estimates' noise, >= 0.",
-    "options": """bias_correction: Divide h by 1 - b2^t after t Hessian updates, as Adam does. Off in the official
+    "options": f"""bias_correction: Divide h by 1 - b2^t after t Hessian updates, as Adam does. Off in the official
             release.
-        hessian_average: Replace an estimate by its mean over each "kernel" of a convolution, or over each output "row",
-            before it enters h: less noise, one value of h for all of it. For every parameter of more than 2
-            (kernel) or 1 (row) dimensions. Off in the official release.
-        cautious: Move only the coordinates whose update has the sign of the gradient (arXiv 2411.16085, without
-            its rescaling of the others). Off in the official release.
+        hessian_average: {OPTIONS["hessian_average"].doc} Estimates are averaged before they enter h, for every
+            parameter of more than 2 (kernel) or 1 (row) dimensions. None (element) in the official release.
+        cautious: {OPTIONS["cautious"].doc} Off in the official release.
         foreach: Use multi-tensor kernels, or (False) one tensor after the other; None chooses by device.""",
-    "auto": """hessian_power: 0.5 divides by rho sqrt(h) instead of rho h: steps as Adam's, with the curvature in the
-            place of the squared gradients. 1 in the official release.
-        clip_fraction: With rho="auto", the fraction of coordinates to clip, in (0, 1); None takes 0.6. Groups with a
+    "auto": f"""hessian_power: {OPTIONS["hessian_power"].doc} 1 in the official release.
+        clip_fraction: {OPTIONS["clip_fraction"].doc} None takes {OPTIONS["clip_fraction"].default}. Groups with a
             fixed rho ignore it.""",
     "state": """State per parameter: `step` (scalar), `exp_avg` (m), `hessian` (h, both of the parameter's shape), and
     `hessian_updates` (int, t above). h is stored in float32 at least; m in the parameter's dtype, but in float32 for
@@ -109,7 +107,7 @@ class SophiaBase(Optimizer):
     _steps_without_hessian: int | None = 0  # None: h was updated, or the warning was given
 
     def __init__(self, params: Any, defaults: dict[str, Any], deprecated: Mapping[str, Any] | None = None):
-        defaults = renamed({**OPTIONS, **defaults}, deprecated or {}, type(self).__name__)
+        defaults = renamed({**GROUP_KEYS, **defaults}, deprecated or {}, type(self).__name__)
         super().__init__(params, defaults)
         if defaults["clip_fraction"] is not None and all(g["clip_fraction"] is None for g in self.param_groups):
             require(False, defaults, "clip_fraction", 'None, as rho is not "auto"')
@@ -119,7 +117,7 @@ class SophiaBase(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             reads_old_keys(group)
-            for key, value in OPTIONS.items():
+            for key, value in GROUP_KEYS.items():
                 group.setdefault(key, value)
         for held in self.state.values():
             held.setdefault("hessian_updates", 0)
@@ -230,8 +228,9 @@ class SophiaBase(Optimizer):
         try:
             if self.scales_hessian and isinstance(group["rho"], str) and group["rho"] == "auto":
                 group["rho"] = 1.0  # without effect: h is 0 until rho is measured
-                group["clip_fraction"] = CLIP_FRACTION if group["clip_fraction"] is None else group["clip_fraction"]
-                require(0 < group["clip_fraction"] < 1, group, "clip_fraction", "a number in (0, 1)")
+                clip = OPTIONS["clip_fraction"]
+                group["clip_fraction"] = clip.default if group["clip_fraction"] is None else group["clip_fraction"]
+                require(clip.contains(group["clip_fraction"]), group, "clip_fraction", clip.expected)
             else:
                 group["clip_fraction"] = None if inherits else group["clip_fraction"]
                 require(group["clip_fraction"] is None, group, "clip_fraction", 'None, as rho is not "auto"')
@@ -249,7 +248,8 @@ class SophiaBase(Optimizer):
         require(valid, group, "rho", 'a number > 0, or "auto"' if self.scales_hessian else "a number > 0")
         require(group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
         require(group["eps"] > 0, group, "eps", "a number > 0")
-        require(group["hessian_power"] in (1, 0.5), group, "hessian_power", "1 or 0.5")
+        power = OPTIONS["hessian_power"]
+        require(power.contains(group["hessian_power"]), group, "hessian_power", power.expected)
         average = group["hessian_average"]
         require(average in (None, *HESSIAN_AVERAGES), group, "hessian_average", f"None or of {[*HESSIAN_AVERAGES]}")
         for p in group["params"]:

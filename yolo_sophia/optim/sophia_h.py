@@ -42,8 +42,7 @@ class SophiaH(SelfEstimatingSophia):
         {rho}
         {weight_decay}
         eps: Smallest value of the denominator, > 0.
-        hessian_interval: Steps per Hessian update, >= 1; the first step makes one. None: h moves only by `refresh` and
-            `update_hessian`.
+        {hessian_interval} None: only given estimates update h.
         n_samples: Hessian-vector products per estimate, >= 1.
         {seed}
         {options}
