@@ -274,7 +274,7 @@ def test_a_study_whose_data_base_is_full(tiny_data, tiny_model, tmp_path, monkey
         if limit:
             connection.execute(f"pragma max_page_count={limit['pages']}")
 
-    def train_trials(study: Any, *_: Any) -> None:
+    def train_trials(study: Any, *_: Any, **__: Any) -> None:
         limit["pages"] = 1  # SQLite takes the present size then
         study.storage.engine.dispose()
         held = [study.claim() for _ in range(300)]

@@ -38,7 +38,7 @@ from yolo_sophia.runs.run import data_name
 from yolo_sophia.runs.scheduler import folder_of
 from yolo_sophia.runs.worker import CHECKPOINT, CURVE, LOG, RECEIPT, read_curve, read_order
 from yolo_sophia.search_space import Range, merged
-from yolo_sophia.tune import command, figures
+from yolo_sophia.tune import command, figures, objective
 from yolo_sophia.tune.best_settings import best_settings
 from yolo_sophia.tune.plan import SAMPLERS, TunePlan, parse, plan_yaml
 from yolo_sophia.tune.report import compose, write_report
@@ -490,6 +490,18 @@ def test_an_interrupted_trial_of_this_folder_keeps_its_number_however_late(at):
     assert states(second) == ["RUNNING", "RUNNING"] and taken.trial.number == 0
     again = second.claim()
     assert (again.trial.number, again.settings) == (1, cut[1].settings)
+
+
+def test_a_comparison_waits_for_the_trials_of_another_invocation(at, monkeypatch):
+    """Else the two would choose different settings."""
+    monkeypatch.setattr(objective, "REFRESH", 0.0)
+    one, other = at(trials=1), at(trials=1)
+    held = one.claim()
+    alone, waiting = objective.TrialQueue(other), objective.TrialQueue(other, wait=True)
+    assert alone.take() is None and alone.is_done()
+    assert waiting.take() is None and not waiting.is_done()
+    one.end(held, TrialState.COMPLETE, 0.5)
+    assert waiting.take() is None and waiting.is_done()
 
 
 # Files to train with, report ------------------------------------------------------------------------------------------

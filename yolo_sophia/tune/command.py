@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     check_packages(plan.sampler)
     check_data(plan)
-    return finish(run_study(plan, saved=True))
+    return finish(run_study(plan, standalone=True))
 
 
 def check_packages(sampler: str, what: str = "tune", extra: str = "tune") -> None:
@@ -71,13 +71,14 @@ def check_packages(sampler: str, what: str = "tune", extra: str = "tune") -> Non
         raise ValueError(f'{what} needs optuna>={oldest}, found {found}: pip install "yolo-sophia[{extra}]".')
 
 
-def run_study(plan: TunePlan, title: str = "tune", *, saved: bool = False) -> View:
+def run_study(plan: TunePlan, title: str = "tune", *, standalone: bool = False) -> View:
     """Train the trials of a study that are missing; returns the study as it stands then.
 
     Args:
         plan: The plan.
         title: Title of the progress display.
-        saved: Whether the plan is saved, and a report written after an interrupt.
+        standalone: Whether the plan is saved, and a report written after an interrupt. Otherwise the study is part of
+            a comparison, and returns when the trials of other processes have ended as well.
 
     Raises:
         ValueError: The storage cannot be opened, or it holds another study under this name.
@@ -88,15 +89,15 @@ def run_study(plan: TunePlan, title: str = "tune", *, saved: bool = False) -> Vi
     from yolo_sophia.tune.view import View
 
     study = SharedStudy(plan)
-    if saved:
+    if standalone:
         atomic_write(plan.out / "plan.yaml", plan_yaml(plan))
     executor, places = make_executor(plan, queue_all=False)
     try:
         with showing(title, places) as show:
-            train_trials(study, executor, show)
+            train_trials(study, executor, show, wait=not standalone)
         return View.of(study)
     except KeyboardInterrupt:
-        if saved:
+        if standalone:
             finish(View.of(study))
         raise
     except StorageError as error:
@@ -104,17 +105,20 @@ def run_study(plan: TunePlan, title: str = "tune", *, saved: bool = False) -> Vi
         raise OSError(f"storage={plan.storage}: {reason}. Rerun the command to resume.") from None
 
 
-def train_trials(study: SharedStudy, executor: Executor, show: Callable[[list[Progress]], None]) -> None:
+def train_trials(
+    study: SharedStudy, executor: Executor, show: Callable[[list[Progress]], None], *, wait: bool = False
+) -> None:
     """Train trials until none is left to begin; other processes may take part in the study.
 
     Args:
         study: The study.
         executor: Where the trainings run.
         show: Called about twice a second with the state of all trials.
+        wait: Whether to return only when the trials of other processes have ended as well.
     """
     from yolo_sophia.tune.objective import TrialQueue
 
-    queue = TrialQueue(study)
+    queue = TrialQueue(study, wait=wait)
     try:
         train(study.plan.out, queue, executor, show)
     finally:

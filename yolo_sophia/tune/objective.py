@@ -29,10 +29,11 @@ class TrialQueue(RunQueue):
 
     Args:
         study: The study.
+        wait: Whether it is done only when the trials of other processes have ended as well.
     """
 
-    def __init__(self, study: SharedStudy):
-        self._study, self._progress = study, StudyProgress(study)
+    def __init__(self, study: SharedStudy, *, wait: bool = False):
+        self._study, self._progress, self._wait = study, StudyProgress(study), wait
         self._active: list[Attempt] = []
         self._refused: float | None = None
 
@@ -43,7 +44,7 @@ class TrialQueue(RunQueue):
         for attempt in self._active:
             if attempt.item is None and attempt.ready <= now:
                 return attempt.begin()
-        if self._refused is not None and self._active and now - self._refused < REFRESH:
+        if self._refused is not None and (self._active or self._wait) and now - self._refused < REFRESH:
             return None
         if (claim := self._study.claim()) is None:
             self._refused = now
@@ -56,7 +57,9 @@ class TrialQueue(RunQueue):
 
     def is_done(self) -> bool:
         """Whether no trial is left, here or to begin."""
-        return not self._active and self._refused is not None
+        if self._active or self._refused is None:
+            return False
+        return not (self._wait and any(trial.state == TrialState.RUNNING for trial in self._study.trials))
 
     def should_stop(self, item: Progress) -> bool:
         """Report new epochs; whether the pruner stops the trial."""
