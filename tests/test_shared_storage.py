@@ -7,9 +7,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +19,21 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from yolo_sophia.runs.results import MAP50_95
+from yolo_sophia.runs.worker import CHECKPOINT, RECEIPT, read_curve
 from yolo_sophia.tune.plan import parse
 from yolo_sophia.tune.study import SharedStudy
 
 pytestmark = [pytest.mark.slow, pytest.mark.extras]
+
+# The command with heartbeats every second instead of every minute.
+COMMAND = """
+import sys
+from yolo_sophia.tune import study
+study.BEAT, study.GRACE = 1, 5
+from yolo_sophia.cli import main
+sys.exit(main(["tune", *sys.argv[1:]]))
+"""
 
 
 def program(name: str) -> str:
@@ -110,3 +123,47 @@ def test_machines_that_claim_at_once_share_the_trials(server, tmp_path):
     found = states(server, "claims")
     assert [trial.state for trial in found] == [TrialState.COMPLETE] * trials
     assert len({tuple(trial.params.items()) for trial in found}) == trials
+
+
+def test_the_trials_of_a_machine_that_is_gone_are_finished_by_the_other(server, tiny_data, tiny_model, tmp_path):
+    trials = 3
+    words = [f"data={tiny_data}", f"model={tiny_model}", "imgsz=64", "batch=8", "nbs=8", "epochs=2", "device=cpu",
+             f"trials={trials}", "sampler=random", "pruner=none", f"storage={server}", "study=machines"]  # fmt: skip
+
+    def start(machine: str) -> subprocess.Popen[str]:
+        (tmp_path / machine).mkdir()
+        line = [sys.executable, "-c", COMMAND, *words, f"out={tmp_path / machine / 'out'}"]
+        return subprocess.Popen(
+            line,
+            cwd=tmp_path / machine,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    gone, other = start("gone"), start("other")
+    try:
+        end = time.monotonic() + 200
+        while not list((tmp_path / "gone/out").glob(f"runs/*/{CHECKPOINT}")):
+            assert gone.poll() is None and time.monotonic() < end, "no checkpoint"
+            time.sleep(0.02)
+        os.killpg(gone.pid, signal.SIGKILL)  # with its training
+        shown, error = other.communicate(timeout=280)
+    finally:
+        for process in (gone, other):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert other.returncode == 0 and "Traceback" not in error, error[-3000:]
+    found = states(server, "machines")
+    assert {trial.state for trial in found} == {TrialState.COMPLETE, TrialState.FAIL}
+    finished = Counter(tuple(trial.params.items()) for trial in found if trial.state == TrialState.COMPLETE)
+    lost = {tuple(trial.params.items()) for trial in found if trial.state == TrialState.FAIL}
+    assert len(finished) == trials and set(finished.values()) == {1}  # none is lost, none is repeated
+    assert len(lost) == 1 and lost <= set(finished)
+    # Each value is that of a training that one of the machines has finished.
+    receipts = list(tmp_path.glob(f"*/out/runs/*/{RECEIPT}"))
+    values = sorted(read_curve(receipt.parent)[-1][MAP50_95] for receipt in receipts)
+    assert values == pytest.approx(sorted(trial.value for trial in found if trial.value is not None), abs=1e-12)
+    assert f"best: trial {max(found, key=lambda trial: trial.value or 0).number}" in shown
