@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from yolo_sophia import autoload
+from yolo_sophia.integration.explicit import CHILD
 
 BOOTSTRAP = str(Path(autoload.__file__).parent / "bootstrap")
 
@@ -32,15 +33,14 @@ def needed() -> bool:
 def children_know_us() -> Iterator[None]:
     """While it runs, Python processes that are started set the hooks; other threads may be in it as well."""
     global _active
-    if not _active and not needed():
-        yield
-        return
     with _LOCK:
         if not _active:
-            _before.update({name: os.environ.get(name) for name in ("PYTHONPATH", autoload.SWITCH)})
-            path = os.environ.get("PYTHONPATH")
-            os.environ["PYTHONPATH"] = BOOTSTRAP + (os.pathsep + path if path else "")
-            os.environ[autoload.SWITCH] = "1"
+            _before.update({name: os.environ.get(name) for name in ("PYTHONPATH", autoload.SWITCH, CHILD)})
+            os.environ[CHILD] = "1"
+            if needed():
+                path = os.environ.get("PYTHONPATH")
+                os.environ["PYTHONPATH"] = BOOTSTRAP + (os.pathsep + path if path else "")
+                os.environ[autoload.SWITCH] = "1"
         _active += 1
     try:
         yield

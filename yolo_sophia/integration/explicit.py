@@ -7,6 +7,7 @@ from a trainer's `cfg=` is explicit if it differs from Ultralytics' default.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,9 @@ from typing import Any
 
 MARKER = "sophia_typed"
 """The argument that holds the record."""
+
+CHILD = "YOLO_SOPHIA_CHILD"
+"""Environment variable of processes that a training or a search starts: their command line has the record."""
 
 _COMMAND_LINE: ContextVar[frozenset[str] | None] = ContextVar("command_line", default=None)
 _WORDS: ContextVar[frozenset[str] | None] = ContextVar("words", default=None)
@@ -74,7 +78,7 @@ def command_line(tokens: Iterable[str]) -> Iterator[None]:
         SyntaxError: It sets the record.
     """
     words = words_of(tokens)
-    if MARKER in words:
+    if MARKER in words and CHILD not in os.environ:
         raise SyntaxError(f"'{MARKER}' is not a valid YOLO argument: yolo-sophia writes it. Remove it.")
     token = _COMMAND_LINE.set(words)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 from yolo_sophia import autoload
@@ -18,11 +19,9 @@ def patch_report() -> tuple[list[str], list[str]]:
     Returns:
         Lines to print, and problems; no problems means that optimizer=SophiaG can be used.
     """
-    import ultralytics.engine.trainer
-    import ultralytics.engine.tuner  # noqa: F401 - the hooks patch what is imported
-
     by_hand = not autoload.hooked()
     for name in autoload.TARGETS:
+        import_module(name)
         PATCHES.patch(name)
     replaced = {f"{_place(entry.owner)}.{entry.name}" for entry in PATCHES.replaced}
     differences = contract.differences()
