@@ -14,7 +14,7 @@ SITE = $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')
 IN_BETWEEN ?= 8.3.150 8.4.50
 # Two processes, one thread of PyTorch in each (tests/conftest.py); PYTEST_ARGS=--no-skips is what CI adds.
 PYTEST_ARGS ?=
-PYTEST = python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+PYTEST = python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: demo test test-long test-versions unit test-newest test-oldest test-extras lint docs dist clean
 
