@@ -1,4 +1,4 @@
-"""Estimators of a diagonal curvature, behind one protocol.
+"""Estimators of a diagonal curvature, behind one interface.
 
 An estimator pulls cotangents back through an existing graph. It runs no forward pass, writes no `.grad`, and
 touches no buffer and no global random state. The graph stays usable for the ordinary backward pass.
@@ -7,7 +7,6 @@ touches no buffer and no global random state. The graph stays usable for the ord
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -17,8 +16,12 @@ from yolo_sophia.curvature.likelihoods import LossTerm
 from yolo_sophia.curvature.signs import rademacher
 
 
-class Estimator(Protocol):
-    """From loss terms to one estimate of the diagonal per parameter."""
+class Estimator:
+    """From loss terms to one estimate of the diagonal per parameter; subclasses choose the cotangent of a term."""
+
+    def cotangent(self, term: LossTerm, generator: Generator | None) -> Tensor:
+        """What is pulled back for a term: a tensor of its output's shape, in float32 at least."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -27,86 +30,58 @@ class Estimator(Protocol):
         generator: Generator | None = None,
         scale: float = 1.0,
     ) -> list[Tensor | None]:
-        """Estimate the diagonal.
+        """Pull the cotangents of all terms back to the parameters in one vector-Jacobian product, and square.
 
         Args:
             terms: The terms of the loss, their outputs in one autograd graph.
             params: Parameters to estimate for.
             generator: Source of the noise, on the outputs' device; None for the global one.
-            scale: Factor for the pulled-back cotangents against underflow in half precision; cancels in the result.
+            scale: Factor for the cotangents against underflow in half precision; cancels in the result.
 
         Returns:
             Per parameter a tensor of its shape at the scale of the loss, or None where no term depends on it.
         """
+        if not terms:
+            return [None for _ in params]
+        outputs = [term.output for term in terms]
+        # Cotangents are made in float32 and are final: autocast must touch neither them nor the pass, whoever calls.
+        with no_autocast(outputs[0].device):
+            # In half precision, the scale goes in before the cast and out before the square.
+            cotangents = [(self.cotangent(term, generator) * scale).to(term.output.dtype) for term in terms]
+            grads = torch.autograd.grad(outputs, params, cotangents, retain_graph=True, allow_unused=True)
+        return [None if g is None else (g.detach() / scale if scale != 1 else g.detach()).square_() for g in grads]
 
 
-def _squared_pullback(
-    cotangent: Callable[[LossTerm], Tensor], terms: Sequence[LossTerm], params: Sequence[Tensor], scale: float
-) -> list[Tensor | None]:
-    """Pull the cotangents of all terms back to the parameters in one vector-Jacobian product, and square."""
-    if not terms:
-        return [None for _ in params]
-    outputs = [term.output for term in terms]
-    # Cotangents are made in float32 and are final: autocast must touch neither them nor the pass, whoever calls.
-    with no_autocast(outputs[0].device):
-        # A half-precision pass runs in the outputs' dtype: the scale goes in before the cast, out before the square.
-        cotangents = [(cotangent(term) * scale).to(term.output.dtype) for term in terms]
-        grads = torch.autograd.grad(outputs, params, cotangents, retain_graph=True, allow_unused=True)
-    return [None if g is None else (g.detach() / scale if scale != 1 else g.detach()).square_() for g in grads]
-
-
-class GaussNewtonBartlett:
+class GaussNewtonBartlett(Estimator):
     """Unbiased diagonal of the Gauss-Newton matrix: labels sampled from the model (arXiv 2305.14342, section 2.3)."""
 
-    def __call__(
-        self,
-        terms: Sequence[LossTerm],
-        params: Sequence[Tensor],
-        generator: Generator | None = None,
-        scale: float = 1.0,
-    ) -> list[Tensor | None]:
-        """Estimate with one sample of all labels; see `Estimator`."""
-        return _squared_pullback(lambda term: term.sampled(generator), terms, params, scale)
+    def cotangent(self, term: LossTerm, generator: Generator | None) -> Tensor:
+        """For one sample of the labels."""
+        return term.sampled(generator)
 
 
-class EmpiricalFisher:
+class EmpiricalFisher(Estimator):
     """The same with the true labels: the squared gradient that is often taken for Gauss-Newton-Bartlett.
 
-    Kept as a named ablation. It is weighted as the sampled one, so that the two differ in the labels alone; it is no
-    curvature, and vanishes where the gradient does.
+    It is an ablation, weighted as the sampled one, so that the two differ in the labels alone. It is no curvature: it
+    vanishes where the gradient does.
     """
 
-    def __call__(
-        self,
-        terms: Sequence[LossTerm],
-        params: Sequence[Tensor],
-        generator: Generator | None = None,
-        scale: float = 1.0,
-    ) -> list[Tensor | None]:
-        """Estimate with the true labels; draws no noise; see `Estimator`."""
-        return _squared_pullback(lambda term: term.observed(), terms, params, scale)
+    def cotangent(self, term: LossTerm, generator: Generator | None) -> Tensor:
+        """For the true labels; draws no noise."""
+        return term.observed()
 
 
-class RandomSigns:
+class RandomSigns(Estimator):
     """The true labels' cotangents with a random sign for each output element: an empirical Gauss-Newton diagonal.
 
     Unlike the empirical Fisher it has no cross terms of different elements; see `signs.py`.
     """
 
-    def __call__(
-        self,
-        terms: Sequence[LossTerm],
-        params: Sequence[Tensor],
-        generator: Generator | None = None,
-        scale: float = 1.0,
-    ) -> list[Tensor | None]:
-        """Estimate with one set of signs; see `Estimator`."""
-
-        def signed(term: LossTerm) -> Tensor:
-            observed = term.observed()
-            return observed * rademacher(observed, generator)
-
-        return _squared_pullback(signed, terms, params, scale)
+    def cotangent(self, term: LossTerm, generator: Generator | None) -> Tensor:
+        """For the true labels, with random signs."""
+        observed = term.observed()
+        return observed * rademacher(observed, generator)
 
 
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {

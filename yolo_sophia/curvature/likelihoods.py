@@ -44,7 +44,19 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @dataclass
-class Bernoulli:
+class _Likelihood:
+    """A negative log-likelihood of an output, summed with coefficients."""
+
+    output: Tensor
+    coefficient: Tensor
+    target: Tensor | None = None
+
+    @property
+    def _root(self) -> Tensor:
+        return self.coefficient.sqrt()
+
+
+class Bernoulli(_Likelihood):
     """Binary cross-entropy with logits, summed: sum c (softplus(f) - t f).
 
     The curvature p (1 - p) does not depend on the target t, which may be soft.
@@ -55,22 +67,17 @@ class Bernoulli:
         target: t in [0, 1], of the shape of the logits; used by `observed` only.
     """
 
-    output: Tensor
-    coefficient: Tensor
-    target: Tensor | None = None
-
     def sampled(self, generator: Generator | None) -> Tensor:
         """sqrt(c) (p - y), y ~ Bernoulli(p)."""
         p = _wide(self.output).sigmoid()
-        return (p - torch.bernoulli(p, generator=generator)) * self.coefficient.sqrt()
+        return (p - torch.bernoulli(p, generator=generator)) * self._root
 
     def observed(self) -> Tensor:
         """sqrt(c) (p - t)."""
-        return (_wide(self.output).sigmoid() - self.target) * self.coefficient.sqrt()
+        return (_wide(self.output).sigmoid() - self.target) * self._root
 
 
-@dataclass
-class Categorical:
+class Categorical(_Likelihood):
     """Cross-entropy over the last dimension, summed: sum c (logsumexp(f) - t . f).
 
     The curvature diag(p) - p p^T does not depend on the target t, which may be soft (distribution focal loss spreads it
@@ -82,25 +89,20 @@ class Categorical:
         target: Probabilities t, shape (..., classes); used by `observed` only.
     """
 
-    output: Tensor
-    coefficient: Tensor
-    target: Tensor | None = None
-
     def sampled(self, generator: Generator | None) -> Tensor:
         """sqrt(c) (p - onehot(y)), y ~ Categorical(p), by inversion of the cumulative distribution."""
         p = _wide(self.output).softmax(-1)
         u = torch.rand(p.shape[:-1] + (1,), generator=generator, device=p.device, dtype=p.dtype)
         # u < 1, but the sum can round below u: the last class takes what is left.
         y = (p.cumsum(-1) <= u).sum(-1, keepdim=True).clamp_(max=p.shape[-1] - 1)
-        return p.scatter_add(-1, y, torch.full_like(u, -1.0)) * self.coefficient.sqrt()
+        return p.scatter_add(-1, y, torch.full_like(u, -1.0)) * self._root
 
     def observed(self) -> Tensor:
         """sqrt(c) (p - t)."""
-        return (_wide(self.output).softmax(-1) - self.target) * self.coefficient.sqrt()
+        return (_wide(self.output).softmax(-1) - self.target) * self._root
 
 
-@dataclass
-class Laplace:
+class Laplace(_Likelihood):
     """Absolute error, summed: sum c |f - t|, the NLL of a Laplace distribution of scale 1.
 
     Its Hessian is 0 almost everywhere. The Fisher information 1 stands in for it. It depends on the unit of f: a scale
@@ -112,21 +114,16 @@ class Laplace:
         target: t, of the shape of the output; used by `observed` only.
     """
 
-    output: Tensor
-    coefficient: Tensor
-    target: Tensor | None = None
-
     def sampled(self, generator: Generator | None) -> Tensor:
         """sqrt(c) sign(f - y), y ~ Laplace(f): either sign with probability 1/2."""
-        return rademacher(_wide(self.output), generator) * self.coefficient.sqrt()
+        return rademacher(_wide(self.output), generator) * self._root
 
     def observed(self) -> Tensor:
         """sqrt(c) sign(f - t)."""
-        return (_wide(self.output) - self.target).sign() * self.coefficient.sqrt()
+        return (_wide(self.output) - self.target).sign() * self._root
 
 
-@dataclass
-class Gaussian:
+class Gaussian(_Likelihood):
     """Negative log-likelihood of a normal distribution of unit variance, summed: sum c (f - t)^2 / 2.
 
     Another variance is part of the coefficient: c / variance.
@@ -137,19 +134,15 @@ class Gaussian:
         target: t, of the shape of the means; used by `observed` only.
     """
 
-    output: Tensor
-    coefficient: Tensor
-    target: Tensor | None = None
-
     def sampled(self, generator: Generator | None) -> Tensor:
         """sqrt(c) (f - y), y ~ Normal(f, 1)."""
         f = _wide(self.output)
         e = torch.randn(f.shape, generator=generator, device=f.device, dtype=f.dtype)
-        return e * self.coefficient.sqrt()
+        return e * self._root
 
     def observed(self) -> Tensor:
         """sqrt(c) (f - t)."""
-        return (_wide(self.output) - self.target) * self.coefficient.sqrt()
+        return (_wide(self.output) - self.target) * self._root
 
 
 @dataclass

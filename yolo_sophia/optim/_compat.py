@@ -52,15 +52,9 @@ def reads_old_keys(group: dict[str, Any]) -> None:
     """Translate the keys of a checkpoint's parameter group, in place."""
     for key in DTYPES:
         group.pop(key, None)
-    if group.pop("fused", False):
-        group["foreach"] = True
-    if "hessian_root" in group:
-        group["hessian_power"] = 0.5 if group.pop("hessian_root") else 1
-    if "probes" in group:
-        group["n_samples"] = group.pop("probes")
-    if "k" in group:  # trainings of Ultralytics have both
-        group.setdefault("hessian_interval", group["k"])
-        del group["k"]
+    for old, (new, convert) in DEPRECATED.items():
+        if old in group and ((value := convert(group.pop(old))) or old != "fused"):
+            group[new] = value if old == "fused" else group.get(new, value)  # trainings of Ultralytics have both k's
     if "refreshes" in group:
         group.setdefault("refresh_index", group["refreshes"])
         del group["refreshes"]

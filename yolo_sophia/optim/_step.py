@@ -44,21 +44,6 @@ class StepOptions:
     cautious: bool = False
     hessian_power: float = 1
 
-    @property
-    def grad_weight(self) -> float:
-        """Weight of the gradient in the momentum; negative where the objective is maximized."""
-        return self.beta1 - 1 if self.maximize else 1 - self.beta1
-
-    @property
-    def grad_sign(self) -> int:
-        """Sign of the gradient in the momentum: -1 where the objective is maximized."""
-        return -1 if self.maximize else 1
-
-    @property
-    def decay_factor(self) -> float:
-        """What weight decay multiplies the parameters by."""
-        return 1 - self.lr * self.weight_decay
-
 
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float], StepOptions], None]
 """An implementation: changes params and exp_avgs in place. Its arguments are those of `single_tensor_step`."""
@@ -135,17 +120,18 @@ def single_tensor_step(
         scales: Factor on h per tensor: rho to the inverse power, times bs, over the bias correction.
         options: What the tensors share.
     """
-    o, form = options, {"eps_is_minimum": options.eps_is_minimum, "hessian_power": options.hessian_power}
+    o, sign = options, -1 if options.maximize else 1
+    form = {"eps_is_minimum": options.eps_is_minimum, "hessian_power": options.hessian_power}
     for kept_p, g, kept_m, h, scale in zip(params, grads, exp_avgs, hessians, scales):
         dtype = working_dtype(kept_p)
         p, g, m, h = (t if t.dtype == dtype else t.to(dtype) for t in (kept_p, g, kept_m, h))
-        m.mul_(o.beta1).add_(g, alpha=o.grad_weight)
+        m.mul_(o.beta1).add_(g, alpha=sign * (1 - o.beta1))
         (update,) = denominator([h], [scale], o.eps, **form)
         torch.div(m, update, out=update).clamp_(-o.bound, o.bound)
         if o.cautious:
-            update.mul_(torch.sign(update * g).mul_(o.grad_sign).clamp_(min=0))
+            update.mul_(torch.sign(update * g).mul_(sign).clamp_(min=0))
         if o.weight_decay:
-            p.mul_(o.decay_factor)
+            p.mul_(1 - o.lr * o.weight_decay)
         p.add_(update, alpha=-o.lr)
         if p is not kept_p:
             kept_p.copy_(p)
@@ -166,12 +152,13 @@ def foreach_step(
     A step is a fixed number of kernel launches per device and dtype and never waits for the device. One copy of the
     parameters is alive meanwhile, two where it is cautious; 16-bit tensors are copied to float32 as well.
     """
-    o, form = options, {"eps_is_minimum": options.eps_is_minimum, "hessian_power": options.hessian_power}
+    o, sign = options, -1 if options.maximize else 1
+    form = {"eps_is_minimum": options.eps_is_minimum, "hessian_power": options.hessian_power}
     for *bucket, scale in _buckets(params, grads, exp_avgs, hessians, scales):
         dtype = working_dtype(bucket[0][0])
         p, g, m, h = ([t.to(dtype) for t in tensors] for tensors in bucket)
         torch._foreach_mul_(m, o.beta1)
-        torch._foreach_add_(m, g, alpha=o.grad_weight)
+        torch._foreach_add_(m, g, alpha=sign * (1 - o.beta1))
         update = denominator(h, [scale] * len(h), o.eps, **form)
         torch._foreach_reciprocal_(update)  # m / update would be a second copy of the parameters
         torch._foreach_mul_(update, m)
@@ -180,11 +167,11 @@ def foreach_step(
         if o.cautious:
             mask = torch._foreach_mul(update, g)
             torch._foreach_sign_(mask)
-            torch._foreach_mul_(mask, o.grad_sign)
+            torch._foreach_mul_(mask, sign)
             torch._foreach_clamp_min_(mask, 0)
             torch._foreach_mul_(update, mask)
         if o.weight_decay:
-            torch._foreach_mul_(p, o.decay_factor)
+            torch._foreach_mul_(p, 1 - o.lr * o.weight_decay)
         torch._foreach_add_(p, update, alpha=-o.lr)
         for kept, changed in ((bucket[0], p), (bucket[2], m)):
             if kept[0] is not changed[0]:
