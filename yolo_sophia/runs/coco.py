@@ -1,19 +1,7 @@
 """COCO metrics of saved predictions: AP over IoU .50:.95, AP50, AP75, AP by size, and AR with 100 detections.
 
-The functions have no state. Annotations come from YOLO labels or a COCO file, predictions from the predictions.json
-that Ultralytics' validation saves, numbers from faster-coco-eval or pycocotools; nothing is trained or loaded here.
-
 Sizes are COCO's: small under 32 x 32 pixels of the original image, large from 96 x 96. From YOLO labels the area is the
-box's; COCO's own annotations have the area of the outline instead, so APs, APm and APl of the two do not compare.
-
-AP is not exactly Ultralytics' mAP50-95 of the same predictions, for two reasons that together explain all of it:
-- The mean: COCO averages, over 101 recalls, the best precision at that recall or beyond. Ultralytics draws straight
-  lines between the measured recalls and takes the area under them. COCO's is higher by .0034 (AP) and .0038 (AP50) for
-  the dequantised YOLOv8n on coco_open at 320 px, where many classes have few boxes.
-- The edges: saved boxes are cut to the image, while Ultralytics 8.4 (8.3.0 did not) scores them as they leave the
-  network. COCO's is higher by another .0001 there, but by .038 for AdamW's weights after one epoch on coco_smoke at
-  160 px, whose boxes reach beyond the edges of its 16 images.
-With both made equal inside Ultralytics, what is left is .00003 on coco_open and nothing on coco_smoke.
+box's; COCO's own annotations have the area of the outline, so APs, APm and APl of the two do not compare.
 """
 
 from __future__ import annotations
@@ -22,7 +10,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -82,7 +70,7 @@ def read_labels(path: Path) -> list[tuple[int, float, float, float, float]]:
 
 
 def from_labels(
-    images: Iterable[Image], names: Sequence[str], categories: Sequence[int] | None = None
+    images: Sequence[Image], names: Sequence[str], categories: Sequence[int] | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Write COCO annotations from YOLO labels.
 
@@ -97,29 +85,20 @@ def from_labels(
     Raises:
         ValueError: Two images have the same id, or a label's class has no name.
     """
-    images = _distinct(images)
-    categories = range(1, len(names) + 1) if categories is None else categories
-    boxes: list[dict[str, Any]] = []
+    made = _without_boxes(images, names, categories)
+    ids, boxes = [category["id"] for category in made["categories"]], made["annotations"]
     for image in images:
         for number, x, y, width, height in read_labels(image.labels):
             if not 0 <= number < len(names):
                 raise ValueError(f"{image.labels}: found class {number}, expected 0 to {len(names) - 1}.")
             width, height = width * image.width, height * image.height
-            boxes.append(
-                {
-                    "id": len(boxes) + 1,  # not 0, which the evaluators take for "no match"
-                    "image_id": image_id(image.path),
-                    "category_id": categories[number],
-                    "bbox": [x * image.width - width / 2, y * image.height - height / 2, width, height],
-                    "area": width * height,
-                    "iscrowd": 0,
-                }
-            )
-    return {"images": _entries(images), "annotations": boxes, "categories": _categories(names, categories)}
+            corner = (x * image.width - width / 2, y * image.height - height / 2)
+            boxes.append(_box(len(boxes) + 1, image_id(image.path), ids[number], [*corner, width, height]))
+    return made
 
 
 def from_file(
-    path: Path, images: Iterable[Image], names: Sequence[str], categories: Sequence[int] | None = None
+    path: Path, images: Sequence[Image], names: Sequence[str], categories: Sequence[int] | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Read COCO annotations of these images, with ids of images and categories as the predictions have them.
 
@@ -134,8 +113,7 @@ def from_file(
     Raises:
         ValueError: The file is no COCO annotations file, or lacks an image, or has boxes of an unknown class.
     """
-    images = _distinct(images)
-    categories = range(1, len(names) + 1) if categories is None else categories
+    made = _without_boxes(images, names, categories)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         known = {Path(entry["file_name"]).stem: entry["id"] for entry in content["images"]}
@@ -146,35 +124,40 @@ def from_file(
     if lacking := [image.path.name for image in images if image.path.stem not in known]:
         raise ValueError(f"{path} lacks {len(lacking)} of {len(images)} images, {lacking[0]} among them.")
     images_by_id = {known[image.path.stem]: image_id(image.path) for image in images}
-    categories_by_name = dict(zip(names, categories))
-    boxes = []
-    for number, annotation in enumerate((a for a in annotations if a["image_id"] in images_by_id), 1):
-        if (name := titles.get(annotation["category_id"])) not in categories_by_name:
+    categories_by_name = {category["name"]: category["id"] for category in made["categories"]}
+    for number, box in enumerate((a for a in annotations if a["image_id"] in images_by_id), 1):
+        if (name := titles.get(box["category_id"])) not in categories_by_name:
             raise ValueError(f"{path} has boxes of {name!r}, which is not a class of the model: {list(names)}.")
-        own = {"id": number, "image_id": images_by_id[annotation["image_id"]], "category_id": categories_by_name[name]}
-        x, y, width, height = annotation["bbox"]
-        area, crowd = annotation.get("area", width * height), annotation.get("iscrowd", 0)
-        boxes.append({**own, "bbox": [x, y, width, height], "area": area, "iscrowd": crowd})
-    return {"images": _entries(images), "annotations": boxes, "categories": _categories(names, categories)}
+        own = _box(number, images_by_id[box["image_id"]], categories_by_name[name], box["bbox"])
+        made["annotations"].append(own | {key: box[key] for key in ("area", "iscrowd") if key in box})
+    return made
 
 
-def _distinct(images: Iterable[Image]) -> list[Image]:
-    images, seen = list(images), {}
+def _without_boxes(
+    images: Sequence[Image], names: Sequence[str], categories: Sequence[int] | None
+) -> dict[str, list[dict[str, Any]]]:
+    """Annotations of these images that have no boxes yet; two images with one id are refused."""
+    seen: dict[int | str, Path] = {}
     for image in images:
         if (other := seen.setdefault(image_id(image.path), image.path)) is not image.path:
             raise ValueError(
                 f"{other} and {image.path} have the same id {image_id(image.path)!r} in Ultralytics' predictions, "
                 "which leave folder and suffix out. Rename one of them."
             )
-    return images
+    entries = [{"id": image_id(i.path), "file_name": i.path.name, "height": i.height, "width": i.width} for i in images]
+    numbers = categories or range(1, len(names) + 1)
+    return {
+        "images": entries,
+        "annotations": [],
+        "categories": [{"id": number, "name": name} for number, name in zip(numbers, names)],
+    }
 
 
-def _entries(images: Iterable[Image]) -> list[dict[str, Any]]:
-    return [{"id": image_id(i.path), "file_name": i.path.name, "height": i.height, "width": i.width} for i in images]
-
-
-def _categories(names: Sequence[str], categories: Sequence[int]) -> list[dict[str, Any]]:
-    return [{"id": number, "name": name} for number, name in zip(categories, names)]
+def _box(number: int, image: int | str, category: int, bbox: Sequence[float]) -> dict[str, Any]:
+    """A box for the evaluators; its number is not 0, which they take for "no match"."""
+    left, top, width, height = bbox
+    own = {"id": number, "image_id": image, "category_id": category}
+    return {**own, "bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
 
 
 def evaluate(
@@ -228,18 +211,8 @@ def _detections(predictions: Sequence[Mapping[str, Any]], numbers: Mapping, cate
     for number, prediction in enumerate(predictions, 1):
         if len(prediction.get("bbox", ())) != 4:
             raise ValueError(f"found the prediction {dict(prediction)}, expected a bbox of 4 numbers: detection only.")
-        left, top, width, height = prediction["bbox"]
-        found.append(
-            {
-                "id": number,
-                "image_id": numbers[prediction["image_id"]],
-                "category_id": prediction["category_id"],
-                "bbox": [left, top, width, height],
-                "area": width * height,
-                "iscrowd": 0,
-                "score": prediction["score"],
-            }
-        )
+        box = _box(number, numbers[prediction["image_id"]], prediction["category_id"], prediction["bbox"])
+        found.append({**box, "score": prediction["score"]})
     return found
 
 
