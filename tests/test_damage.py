@@ -24,7 +24,7 @@ from ultralytics.utils.torch_utils import convert_optimizer_state_dict_to_fp16
 
 from yolo_sophia import atomic, cli
 from yolo_sophia.atomic import atomic_write
-from yolo_sophia.compare.plan import build, runs
+from yolo_sophia.compare.plan import parse, runs
 from yolo_sophia.integration.checkpoints import convert_others
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.runs import scheduler, worker
@@ -239,7 +239,7 @@ def plan_of(tiny_data: Path, tiny_model: Path, out: Path, **more: Any):
         "epochs": 2,
         "out": str(out),
     }
-    return build({**content, "imgsz": 64, "batch": 4, "nbs": 4, "workers": 1, **more})
+    return parse({**content, "imgsz": 64, "batch": 4, "nbs": 4, "workers": 1, **more})
 
 
 def test_a_run_whose_folder_cannot_be_written_failed_and_the_others_go_on(tiny_data, tiny_model, tmp_path, monkeypatch):

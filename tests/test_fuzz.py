@@ -207,7 +207,7 @@ def check_name(name: str) -> None:
 @example({**PLAN, "data": ["a" * 400 + ".yaml"]})
 @example({**PLAN, "arms": {"CON": {"optimizer": "SGD"}}})
 def test_plans(place, content):
-    made = check_plan(comparison.build, content)
+    made = check_plan(comparison.parse, content)
     if made is not None:
         assert json.dumps([dict(run.arguments) for run in comparison.runs(made)])  # as the order of a run is written
         for run in comparison.runs(made):
@@ -220,10 +220,10 @@ def test_plans(place, content):
 @example({**TUNE, "study": "NUL"})
 @example({**TUNE, "epochs": 1})
 def test_tune_plans(place, content):
-    made = check_plan(tuning.build, content)
+    made = check_plan(tuning.parse, content)
     if made is not None:
         check_name(made.study)
-        assert tuning.build(yaml.safe_load(tuning.plan_yaml(made))) == made
+        assert tuning.parse(yaml.safe_load(tuning.plan_yaml(made))) == made
     assert not list(place.iterdir())
 
 
@@ -319,7 +319,7 @@ paths = st.one_of(
 @example("torch.optim.SGD", {"momentum": "x"})
 def test_dotted_paths(hostile, path, given_arguments):
     content = {**PLAN, "optimizers": [], "arms": {"mine": {"optimizer": path, "optimizer_args": given_arguments}}}
-    check_plan(comparison.build, content)
+    check_plan(comparison.parse, content)
 
 
 # Plain yolo -----------------------------------------------------------------------------------------------------------

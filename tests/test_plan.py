@@ -12,7 +12,7 @@ import yaml
 from ultralytics.cfg import merge_equals_args, parse_key_value_pair
 
 from yolo_sophia import cli
-from yolo_sophia.compare.plan import KEYS, Plan, build, parse, plan_yaml, runs
+from yolo_sophia.compare.plan import KEYS, Plan, parse, plan_yaml, runs
 from yolo_sophia.compare.tuning import check_tuning, tune_plans
 from yolo_sophia.integration.measure import measure_step
 from yolo_sophia.runs.plan import TRIAL_SEED
@@ -122,7 +122,7 @@ def test_ready_made_arms():
     expected = {"betas": [0.937, 0.999], "rho": 0.04, "weight_decay": 0.0}
     blog = arms(plan(optimizers="blog"))["blog"]
     assert blog == {"optimizer": "yolo_sophia.SophiaG", "optimizer_args": expected, "lr0": 0.01}
-    changed = build({"data": "d.yaml", "model": "m.pt", "arms": {"blog": {"lr0": 0.001}}})
+    changed = parse({"data": "d.yaml", "model": "m.pt", "arms": {"blog": {"lr0": 0.001}}})
     assert arms(changed)["blog"] == {**blog, "lr0": 0.001}
 
 
@@ -232,7 +232,7 @@ def test_a_file_that_exists_is_taken_as_it_is(tmp_path, monkeypatch):
         Path(name).write_text("{}")
     for name in names:
         assert plan(data=name).data == (name,), name
-        assert build({"data": name, "model": "m.pt", "optimizers": "SGD"}).data == (name,)
+        assert parse({"data": name, "model": "m.pt", "optimizers": "SGD"}).data == (name,)
         if name.count("[") == name.count("]"):
             assert plan(data=f"[c.yaml, {name}]").data == ("c.yaml", name)
         assert tune_parse([f"data={name}", "model=m.pt"]).data == (name,)
@@ -392,7 +392,7 @@ def test_every_arm_has_the_same_runs():
 
 def test_an_arms_arguments_win_and_what_tuning_found_wins_over_them():
     given = {"data": "d.yaml", "model": "m.pt", "lr0": 0.1, "momentum": 0.8, "seeds": 1}
-    made = build({**given, "arms": {"SGD": {"lr0": 0.2}, "AdamW": {}}})
+    made = parse({**given, "arms": {"SGD": {"lr0": 0.2}, "AdamW": {}}})
     found = {("SGD", "d.yaml"): {"momentum": 0.7}}
     sgd, adamw = runs(made, found)
     assert (sgd.arguments["lr0"], sgd.arguments["momentum"]) == (0.2, 0.7)
@@ -445,7 +445,7 @@ def test_plan_yaml_reads_back_as_the_same_plan(tmp_path):
         "seeds": [3, 5], "horizons": [0.5, 1.0], "target": 0.3, "tune_trials": 2, "tune_epochs": 4, "workers": 2,
         "bn_recalibrate": True, "devices": [0, 1], "out": str(tmp_path / "é"), "cache": None, "dry_run": True,
     }  # fmt: skip
-    made = build(given)
+    made = parse(given)
     again = from_file(tmp_path, plan_yaml(made), "dry_run=True")
     assert again == made
     assert runs(again) == runs(made)

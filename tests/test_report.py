@@ -334,7 +334,7 @@ def test_versions_that_differ_are_pointed_out(tmp_path):
 
 
 def test_plan_is_read_back_as_it_was(monkeypatch):
-    monkeypatch.setattr(planning, "check_arm", lambda *_: None)
+    monkeypatch.setattr("yolo_sophia.runs.plan.check_arm", lambda *_: None)
     content = {
         "data": ["a.yaml", "sets/b/data.yaml"], "model": "yolov8n.pt", "epochs": 7, "imgsz": 192,
         "optimizers": ["AdamW", "AdamW", "blog"],
@@ -342,8 +342,8 @@ def test_plan_is_read_back_as_it_was(monkeypatch):
         "seeds": [3, 5], "horizons": [1.0, 0.5], "target": 0.3, "tune_trials": 2, "tune_epochs": 4, "workers": 2,
         "bn_recalibrate": True, "devices": [0, 1], "out": "runs/é", "reference": "lion",
     }  # fmt: skip
-    plan = planning.build(content)
-    again = planning.build(yaml.safe_load(plan_yaml(plan)))
+    plan = planning.parse(content)
+    again = planning.parse(yaml.safe_load(plan_yaml(plan)))
     assert again.arms[-1].arguments["optimizer_args"]["betas"] == [0.9, 0.99]  # YAML has no tuples
     lists = [replace(p, arms=p.arms[:-1], common=dict(p.common)) for p in (plan, again)]
     assert lists[0] == lists[1]

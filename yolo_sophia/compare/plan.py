@@ -14,12 +14,12 @@ from typing import Any
 
 from yolo_sophia.options import suggestion
 from yolo_sophia.runs import plan as shared
-from yolo_sophia.runs.checks import as_list, is_int
+from yolo_sophia.runs.checks import as_list, is_number
 from yolo_sophia.runs.plan import Arm, BasePlan, Key
 from yolo_sophia.runs.run import Run
-from yolo_sophia.runs.words import read_content, read_words
+from yolo_sophia.runs.words import read
 
-__all__ = ["KEYS", "Arm", "Plan", "build", "parse", "plan_yaml", "runs"]
+__all__ = ["KEYS", "Arm", "Plan", "parse", "plan_yaml", "runs"]
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,14 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "target": Key(
             "mAP50-95 to reach (default: the reference arm's median final value)",
             None,
-            lambda v: isinstance(v, (int, float)) and 0 < v < 1,
+            lambda v: is_number(v) and 0 < v < 1,
             "a number between 0 and 1",
         ),
         "horizons": Key("fractions of the epochs that full schedules are planned for (default: 1.0)", (1.0,)),
-        "tune_trials": Key(
-            "trials of `yolo-sophia tune` for every arm before the comparison (default: 0)",
-            0,
-            is_int(0, 10_000),
-            "a whole number >= 0, at most 10000",
+        "tune_trials": shared.int_key(
+            "trials of `yolo-sophia tune` for every arm before the comparison (default: 0)", 0, 0, 10_000
         ),
-        "tune_epochs": Key("epochs of a trial (default: a third of the run's)", **shared.COUNT),
+        "tune_epochs": shared.int_key("epochs of a trial (default: a third of the run's)"),
         "cut_runs": shared.choice_key(
             ("resume", "restart"),
             "what happens to an interrupted run: resume (from its last checkpoint) or restart (then the results are "
@@ -66,32 +63,17 @@ KEYS: Mapping[str, Key] = MappingProxyType(
 )
 
 
-def parse(words: Sequence[str]) -> Plan:
-    """Read a plan from `key=value` words; a `plan=` file is read first, words win.
+def parse(given: Sequence[str] | Mapping[str, Any]) -> Plan:
+    """Read a plan from `key=value` words, or from a mapping of `KEYS` and Ultralytics' arguments as in a plan file.
 
     Raises:
         ValueError: What is wrong with which key, and what was expected.
     """
-    return _build(read_words(words, KEYS))
-
-
-def build(content: Mapping[str, Any]) -> Plan:
-    """Make a plan from a mapping of `KEYS` and Ultralytics' arguments, as in a plan file.
-
-    Raises:
-        ValueError: What is wrong with which key, and what was expected.
-    """
-    return _build(read_content(content, KEYS))
-
-
-def _build(content: Mapping[str, Any]) -> Plan:
-    own, arguments = shared.read_keys(content, KEYS)
-    shared.check_engine(own)
-    common = shared.read_arguments(arguments, KEYS)
-    data = shared.read_data(own["data"])
+    own, arguments = shared.read_keys(read(given, KEYS), KEYS)
+    base = shared.read_base(own, arguments)
     arms = shared.read_arms(own["optimizers"], own["arms"])
     for arm in arms:
-        shared.check_arm(arm, common)
+        shared.check_arm(arm, base["common"])
     names = [arm.name for arm in arms]
     reference = str(own["reference"] or ("AdamW" if "AdamW" in names else names[min(1, len(names) - 1)]))
     if reference not in names:
@@ -101,15 +83,11 @@ def _build(content: Mapping[str, Any]) -> Plan:
         raise ValueError(f"horizons={list(horizons)}: expected fractions in (0, 1], 1.0 among them.")
     return Plan(
         arms=arms,
-        data=data,
-        seeds=shared.read_seeds(own["seeds"]),
         reference=reference,
-        common=MappingProxyType(common),
         horizons=tuple(sorted({float(h) for h in horizons}, reverse=True)),
-        devices=tuple(str(d) for d in as_list(own["devices"])),
         out=shared.read_out(own, "runs", "compare"),
-        **{key: own[key] for key in ("target", "tune_trials", "tune_epochs", "bn_recalibrate", "cut_runs")},
-        **{key: own[key] for key in ("engine", "workers", "cpus", "gpus", "dry_run")},
+        **{key: own[key] for key in ("target", "tune_trials", "tune_epochs", "cut_runs")},
+        **base,
     )
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from yolo_sophia.compare.plan import Arm, Plan
-from yolo_sophia.runs.plan import TRIAL_SEED
+from yolo_sophia.runs.plan import TRIAL_SEED, BasePlan
 from yolo_sophia.runs.run import as_name, data_name
 from yolo_sophia.runs.worker import ORDER
 from yolo_sophia.search_space import space_of
@@ -53,20 +53,12 @@ def _study(plan: Plan, arm: Arm, data: str) -> TunePlan:
     common = {**plan.common, "epochs": plan.tune_epochs or max(1, plan.epochs // 3)}
     arguments = validate_arguments({**common, **arm.arguments})
     space = space_of(arguments)
+    own = {"arms": (arm,), "data": (data,), "seeds": (TRIAL_SEED,), "common": MappingProxyType(common)}
     return TunePlan(
-        arms=(arm,),
-        data=(data,),
-        seeds=(TRIAL_SEED,),
-        common=MappingProxyType(common),
-        **{key: getattr(plan, key) for key in ("bn_recalibrate", "cut_runs", "engine", "workers", "devices")},
-        **{key: getattr(plan, key) for key in ("cpus", "gpus", "out", "dry_run")},
+        **{field.name: getattr(plan, field.name) for field in fields(BasePlan)} | own,
         space=MappingProxyType(dict(space)),
         start=MappingProxyType(start_of(space, arguments)),
         trials=plan.tune_trials if space else 1,
-        sampler="tpe",
-        grid_points=3,
-        pruner="none",
-        prune_after=1,
         storage=f"sqlite:///{plan.out / STUDIES}",
         study=as_name(f"{arm.name}-{data_name(data)}"),
         first_as_given=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +29,7 @@ MINIMUMS: Mapping[str, float] = MappingProxyType(
 """Smallest values of Ultralytics' arguments that not every version checks before it uses them."""
 
 
-def check_known(arguments: Mapping[str, Any], where: str, keys: Collection[str] = ()) -> None:
+def check_known(arguments: Iterable[str], where: str, keys: Collection[str] = ()) -> None:
     """Refuse arguments that a training does not have.
 
     Raises:
@@ -76,7 +76,7 @@ def check_values(arguments: Mapping[str, Any], where: str) -> None:
 
 def _problem(key: str, value: Any) -> str | None:
     """What was expected of a value that is out of range; wrong kinds are found by Ultralytics."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = is_number(value)
     if key in MINIMUMS and number and not value >= MINIMUMS[key]:
         return f"a number >= {MINIMUMS[key]:g}"
     if key == "batch" and number and not (value == -1 or 0 < value < 1 or (value >= 1 and value == int(value))):
@@ -86,6 +86,11 @@ def _problem(key: str, value: Any) -> str | None:
     if key == "fraction" and number and value <= 0:
         return "a number above 0"
     return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_int(minimum: int, maximum: int = 10**6) -> Callable[[Any], bool]:

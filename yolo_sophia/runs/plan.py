@@ -10,12 +10,11 @@ from typing import Any
 
 import yaml
 
-from yolo_sophia.runs.checks import as_int, as_list, check_free, check_known, check_values, is_int
+from yolo_sophia.runs.checks import as_int, as_list, check_free, check_known, check_values, is_int, is_number
 from yolo_sophia.runs.run import Run, check_name, data_name, make_run
 
 MAX_SEEDS, MAX_SEED = 1000, 2**31
 """Limits of a plan: NumPy takes no seed of more than 32 bits, and Ultralytics adds the rank."""
-MAX_WORKERS = 1024
 TRIAL_SEED = 9_999
 """Seed of tuning trials; it takes no part in comparisons."""
 
@@ -83,13 +82,22 @@ def bool_key(meaning: str) -> Key:
     return Key(meaning, False, lambda v: isinstance(v, bool), "True or False")
 
 
+def path_key(meaning: str) -> Key:
+    """A key whose value is a path."""
+    return Key(meaning, None, is_path, "a path")
+
+
+def int_key(meaning: str, default: int | None = None, low: int = 1, high: int = 10**6) -> Key:
+    """A key whose value is an integer from `low` to `high`."""
+    limit = f", at most {high}" if high < 10**6 else ""
+    return Key(meaning, default, is_int(low, high), f"a whole number >= {low}{limit}")
+
+
 def choice_key(names: tuple[str, ...], meaning: str) -> Key:
     """A key with named values, the first by default."""
     return Key(meaning, names[0], lambda v: v in names, f"{', '.join(names[:-1])} or {names[-1]}")
 
 
-PATH = {"valid": is_path, "expected": "a path"}
-COUNT = {"valid": is_int(1), "expected": "a whole number >= 1"}
 RUN_KEYS: Mapping[str, Key] = MappingProxyType(
     {
         "bn_recalibrate": bool_key(
@@ -99,23 +107,18 @@ RUN_KEYS: Mapping[str, Key] = MappingProxyType(
             ("local", "ray"),
             "local, or ray: an existing Ray cluster (RAY_ADDRESS, else this machine's) whose nodes all see `out`",
         ),
-        "workers": Key(
-            "trainings side by side (default: one per device, else 1)",
-            None,
-            is_int(1, MAX_WORKERS),
-            f"a whole number >= 1, at most {MAX_WORKERS}",
-        ),
+        "workers": int_key("trainings side by side (default: one per device, else 1)", high=1024),
         "devices": Key("GPU numbers to spread the workers over (default: CPU)", ()),
-        "cpus": Key("engine=ray: processors and threads of a training (default: 1)", **COUNT),
+        "cpus": int_key("engine=ray: processors and threads of a training (default: 1)"),
         "gpus": Key(
             "engine=ray: GPUs of a training, 0.5 for two on one GPU (default: 0, the CPU)",
             None,
-            lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and (0 <= v <= 1),
+            lambda v: is_number(v) and 0 <= v <= 1,
             "a number from 0 to 1",
         ),
-        "project": Key("folder that holds the folder of results", **PATH),
-        "name": Key("name of the folder of results in `project`", **PATH),
-        "out": Key("the folder of results itself, in place of project/name", **PATH),
+        "project": path_key("folder that holds the folder of results"),
+        "name": path_key("name of the folder of results in `project`"),
+        "out": path_key("the folder of results itself, in place of project/name"),
     }
 )
 """Keys of every plan on how and where its trainings run."""
@@ -140,9 +143,10 @@ def read_keys(content: Mapping[str, Any], keys: Mapping[str, Key]) -> tuple[dict
     """Split a mapping into the plan's own keys, checked and complete, and Ultralytics' arguments.
 
     Raises:
-        ValueError: An own key has a value that is not accepted, or data or model is missing.
+        ValueError: A key is not known, an own key has a value that is not accepted, or data or model is missing.
     """
     content = dict(content)
+    check_known(content.keys() - keys.keys(), "the plan", keys)
     if missing := [key for key in ("data", "model") if content.get(key) in (None, "", [], ())]:
         raise ValueError(f"the plan lacks {' and '.join(missing)}: add {' '.join(f'{key}=...' for key in missing)}.")
     own: dict[str, Any] = {}
@@ -154,17 +158,32 @@ def read_keys(content: Mapping[str, Any], keys: Mapping[str, Key]) -> tuple[dict
     return own, content
 
 
-def read_arguments(content: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+def read_base(own: Mapping[str, Any], arguments: Mapping[str, Any], first_seed: int = 0) -> dict[str, Any]:
+    """The fields of `BasePlan` that do not depend on the command, from what `read_keys` returns.
+
+    Raises:
+        ValueError: A value is not accepted.
+    """
+    check_engine(own)
+    return {
+        "common": MappingProxyType(read_arguments(arguments)),
+        "data": read_data(own["data"]),
+        "seeds": read_seeds(own["seeds"], first_seed),
+        "devices": tuple(map(str, as_list(own["devices"]))),
+        **{key: own[key] for key in ("bn_recalibrate", "engine", "workers", "cpus", "gpus", "dry_run")},
+    }
+
+
+def read_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     """The Ultralytics arguments that every arm has in common, checked as far as they do not depend on the arm.
 
     Raises:
-        ValueError: An argument is not known, or is decided by the plan.
+        ValueError: An argument is decided by the plan, or its value is not accepted.
     """
     common = {"epochs": 100, **content}
     common["epochs"] = as_int(common["epochs"])
     if not is_int(1)(common["epochs"]):
         raise ValueError(f"epochs={common['epochs']!r}: expected a whole number >= 1.")
-    check_known(common, "the plan", keys)
     check_free(common, "the plan", {"epochs"})
     if not is_path(common["model"]):
         raise ValueError(f"model={common['model']!r}: expected a path or a name.")

@@ -22,18 +22,20 @@ MAPPINGS = ("optimizer_args", "space", "arms")
 """Keys whose value may be a mapping in YAML."""
 
 
-def read_words(words: Sequence[str], own: Collection[str]) -> dict[str, Any]:
-    """Read words into a mapping, on top of that of the `plan=` file.
+def read(given: Sequence[str] | Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Read words into a mapping, on top of that of the `plan=` file; in a mapping, text is read as in words.
 
     Args:
-        words: `key=value` words.
+        given: `key=value` words, or a mapping as in a plan file.
         own: Keys that are not Ultralytics'.
 
     Raises:
         ValueError: A word is not `key=value`, or the file is not readable.
     """
+    if isinstance(given, Mapping):
+        return _read_content(given, own)
     explicit: dict[str, Any] = {}
-    for word in _joined(words):
+    for word in _joined(given):
         key, separator, text = word.lstrip("-").partition("=")
         key = key.strip()
         if not separator and key not in own and is_switch(key):
@@ -44,16 +46,15 @@ def read_words(words: Sequence[str], own: Collection[str]) -> dict[str, Any]:
             explicit[key] = _value(key, text, own)
     content = read_mapping("plan", explicit["plan"]) if explicit.get("plan") else {}
     explicit.pop("plan", None)
-    return {**read_content(content, own), **explicit}
+    return {**_read_content(content, own), **explicit}
 
 
-def read_content(content: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
-    """Read the mapping of a plan file: text is read as the same word would be."""
+def _read_content(content: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for key, value in content.items():
         if key == "arms" and isinstance(value, dict):
             arms = value.items()
-            made[key] = {name: read_content(arm, ()) if isinstance(arm, dict) else arm for name, arm in arms}
+            made[key] = {name: _read_content(arm, ()) if isinstance(arm, dict) else arm for name, arm in arms}
         elif isinstance(value, str) and value.strip() and not _is_number(value):
             made[key] = _value(key, value, own)
         else:

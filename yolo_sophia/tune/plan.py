@@ -16,10 +16,10 @@ from typing import Any
 
 from yolo_sophia.options import suggestion
 from yolo_sophia.runs import plan as shared
-from yolo_sophia.runs.checks import DECIDED, as_list, check_values, is_int
+from yolo_sophia.runs.checks import DECIDED, check_values
 from yolo_sophia.runs.plan import Arm, BasePlan, Key
 from yolo_sophia.runs.run import Run, as_name, check_name, data_name
-from yolo_sophia.runs.words import plain_numbers, read_content, read_mapping, read_words
+from yolo_sophia.runs.words import plain_numbers, read, read_mapping
 from yolo_sophia.search_space import FORMS, Choice, Dimension, Range, merged, read_dimension, written
 
 SAMPLERS, PRUNERS = ("tpe", "random", "cmaes", "grid"), ("median", "hyperband", "none")
@@ -31,10 +31,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "plan": Key("YAML file with these keys and any Ultralytics argument"),
         "data": Key("data YAML, or several separated by commas: then the mean counts"),
         "optimizer": Key("optimizer to tune: a name, a dotted path, or a ready-made arm (default: SophiaG)", "SophiaG"),
-        "trials": Key(
-            "trials of the study in total, those of earlier calls included (default: 30)",
-            **{**shared.COUNT, "default": 30},
-        ),
+        "trials": shared.int_key("trials of the study in total, those of earlier calls included (default: 30)", 30),
         "space": Key(
             "search space beside or instead of the optimizer's own: a mapping or a YAML file; an argument with a fixed "
             "value is not searched"
@@ -45,17 +42,16 @@ KEYS: Mapping[str, Key] = MappingProxyType(
             1,
         ),
         "sampler": shared.choice_key(SAMPLERS, "what proposes settings: tpe (default), random, cmaes or grid"),
-        "grid_points": Key("sampler=grid: values of each range (default: 3)", 3, is_int(2), "a whole number >= 2"),
+        "grid_points": shared.int_key("sampler=grid: values of each range (default: 3)", 3, 2),
         "pruner": shared.choice_key(
             PRUNERS,
             "what stops trials that fall behind, by mAP50-95 after each epoch: median (default), hyperband or none",
         ),
-        "prune_after": Key("epochs before which no trial is stopped (default: a quarter of a trial's)", **shared.COUNT),
+        "prune_after": shared.int_key("epochs before which no trial is stopped (default: a quarter of a trial's)"),
         **shared.RUN_KEYS,
-        "storage": Key(
+        "storage": shared.path_key(
             "Optuna storage: a URL, or the path of an SQLite file (default: study.db in the folder of results); "
-            "processes and machines with the same storage and study share the trials",
-            **shared.PATH,
+            "processes and machines with the same storage and study share the trials"
         ),
         "study": Key("name of the study in the storage (default: <optimizer>-<data>)"),
         "dry_run": shared.bool_key("print the space and the cost of the study, run nothing"),
@@ -83,12 +79,12 @@ class TunePlan(BasePlan):
     space: Mapping[str, Dimension]
     start: Mapping[str, Any]
     trials: int
-    sampler: str
-    grid_points: int
-    pruner: str
-    prune_after: int
     storage: str
     study: str
+    sampler: str = "tpe"
+    grid_points: int = 3
+    pruner: str = "none"
+    prune_after: int = 1
     first_as_given: bool = False
 
     @property
@@ -139,79 +135,53 @@ class TunePlan(BasePlan):
 
 def as_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a space as arguments: a choice that is text is read as the same word of `yolo train` would be."""
-    return read_content(settings, ())
+    return read(settings, ())
 
 
-def parse(words: Sequence[str]) -> TunePlan:
-    """Read a plan from `key=value` words; a `plan=` file is read first, words win.
-
-    Raises:
-        ValueError: What is wrong with which key, and what was expected.
-    """
-    return _build(read_words(words, KEYS))
-
-
-def build(content: Mapping[str, Any]) -> TunePlan:
-    """Make a plan from a mapping of `KEYS` and Ultralytics' arguments, as in a plan file.
+def parse(given: Sequence[str] | Mapping[str, Any]) -> TunePlan:
+    """Read a plan from `key=value` words, or from a mapping of `KEYS` and Ultralytics' arguments as in a plan file.
 
     Raises:
         ValueError: What is wrong with which key, and what was expected.
     """
-    return _build(read_content(content, KEYS))
-
-
-def _build(content: Mapping[str, Any]) -> TunePlan:
-    from yolo_sophia.integration.arguments import known_arguments
     from yolo_sophia.integration.resolution import validate_arguments
 
+    content = read(given, KEYS)
     if "pruner" in content and content["pruner"] is None:  # the word none was read as null
-        content = {**content, "pruner": "none"}
-    content = {key: value for key, value in content.items() if value is not None or key not in KEYS}
-    known = known_arguments()
-    for key in content:
-        if key not in KEYS and key not in known:
-            raise ValueError(f"{key!r} is not a known argument.{suggestion(key, [*KEYS, *known])}")
+        content["pruner"] = "none"
     own, arguments = shared.read_keys(content, KEYS)
     if arguments.get("val") is False:
         raise ValueError("val=False: a study needs the mAP50-95 of every epoch; leave it out.")
-    shared.check_engine(own)
-    common = shared.read_arguments(arguments, KEYS)
+    base = shared.read_base(own, arguments, shared.TRIAL_SEED)
     (arm,) = shared.read_arms([str(own["optimizer"])], None)
-    data = shared.read_data(own["data"])
-    fixed = {**common, **arm.arguments}
+    fixed = {**base["common"], **arm.arguments}
     if isinstance(own["space"], str):
         own["space"] = plain_numbers(read_mapping("space", own["space"]))
-    shared.check_arm(arm, common)
+    shared.check_arm(arm, base["common"])
     space = _space(own["space"], fixed)
     _check_samples(space, fixed)
     validated = validate_arguments(fixed)
     if "clip_fraction" in space and "rho" not in space and validated["rho"] != "auto":
         raise ValueError(f"space: clip_fraction requires rho=auto, found rho={validated['rho']}: add rho=auto.")
-    study = as_name("-".join([arm.name, *map(data_name, data)]))
-    if own["study"] is not None:
-        study = str(own["study"])
-        check_name("study=", study)
+    study = str(own["study"] or as_name("-".join([arm.name, *map(data_name, base["data"])])))
+    check_name("study=", study)
     out = shared.read_out(own, str(Path("runs", "tune")), study)
     storage = str(own["storage"] or out / "study.db")
     made = TunePlan(
         arms=(arm,),
-        data=data,
-        seeds=shared.read_seeds(own["seeds"], shared.TRIAL_SEED),
-        common=MappingProxyType(common),
         cut_runs="resume",
-        devices=tuple(str(d) for d in as_list(own["devices"])),
         out=out,
-        **{key: own[key] for key in ("bn_recalibrate", "engine", "workers", "cpus", "gpus", "dry_run")},
         space=MappingProxyType(space),
         start=MappingProxyType(start_of(space, validated)),
         storage=storage if "://" in storage else f"sqlite:///{storage}",
         study=study,
         **{key: own[key] for key in ("trials", "sampler", "grid_points", "pruner")},
         prune_after=own["prune_after"] or 1,
+        **base,
     )
     if own["prune_after"] is None:
         made = replace(made, prune_after=max(1, made.trial_epochs // 4))
-    return _consistent(made, set(content))
+    return _consistent(made, {key for key, value in content.items() if value is not None})
 
 
 def start_of(space: Mapping[str, Dimension], arguments: Mapping[str, Any]) -> dict[str, Any]:
