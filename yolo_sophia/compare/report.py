@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from yolo_sophia.compare.sections.verdict import ENOUGH
 from yolo_sophia.compare.statistics import ComparisonResult, compute
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.report.document import Document
-from yolo_sophia.report.formatting import count, enumerated
+from yolo_sophia.report.formatting import count, csv_text, enumerated
 from yolo_sophia.report.render import write_document
 from yolo_sophia.runs.results import RunResult
 
@@ -86,12 +84,10 @@ def rows_csv(result: ComparisonResult) -> str:
     """One line per run and epoch; "nan" for a value that was not finite, empty for a column that the run lacks."""
     first = ["epoch", "steps", "images", "seconds"]
     columns = [*first, *(name for name in result.columns if name not in first)]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["data", "arm", "seed", "horizon", "state", "key", *columns])
+    rows = [["data", "arm", "seed", "horizon", "state", "key", *columns]]
     for record in result.records:
         run = record.result.run
         for row in record.result.rows:
-            values = ["nan" if key in row and row[key] is None else row.get(key, "") for key in columns]
-            writer.writerow([record.data, run.arm, run.seed, f"{run.horizon:g}", record.state, run.key, *values])
-    return buffer.getvalue()
+            values = ["nan" if key in row and row[key] is None else row.get(key) for key in columns]
+            rows.append([record.data, run.arm, run.seed, f"{run.horizon:g}", record.state, run.key, *values])
+    return csv_text(rows)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from yolo_sophia.report.document import Cell
@@ -57,3 +60,10 @@ def size(number: int | None) -> str:
 def scalar(value: Any) -> str:
     """A setting as text: a float in full precision, and 3.0 as 3."""
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV; None is an empty cell."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -15,8 +17,7 @@ from yolo_sophia.runs.results import MAP50_95
 from yolo_sophia.runs.scheduler import Progress, RunQueue, folder_of
 from yolo_sophia.runs.worker import read_curve
 from yolo_sophia.tune.plan import TunePlan
-from yolo_sophia.tune.progress import NOTE, SETTINGS, STATES, trial_progress
-from yolo_sophia.tune.study import Claim, SharedStudy
+from yolo_sophia.tune.study import NOTE, SETTINGS, STATES, Claim, SharedStudy
 
 REFRESH = 5.0
 """Seconds between two looks at the trials of other processes."""
@@ -33,8 +34,12 @@ class TrialQueue(RunQueue):
     """
 
     def __init__(self, study: SharedStudy, *, wait: bool = False):
-        self._study, self._progress, self._wait = study, StudyProgress(study), wait
+        self._study, self._wait, self._read = study, wait, -math.inf
         self._active: list[Attempt] = []
+        run = trial_progress(study.plan, 0, {}).run
+        self._waiting = {n: Progress(replace(run, key=f"trial {n}")) for n in range(study.plan.trials)}
+        self._others: dict[int, Progress] = {}
+        self._own: dict[int, Progress] = {}
         self._refused: float | None = None
 
     def take(self) -> Progress | None:
@@ -52,7 +57,7 @@ class TrialQueue(RunQueue):
         self._refused = None
         attempt = Attempt(self._study.plan, claim)
         self._active.append(attempt)
-        self._progress.hold(claim.trial.number, attempt.shown)
+        self._own[claim.trial.number] = attempt.shown
         return attempt.begin()
 
     def is_done(self) -> bool:
@@ -74,8 +79,18 @@ class TrialQueue(RunQueue):
             self._active.remove(attempt)
 
     def progress(self) -> list[Progress]:
-        """All trials of the study."""
-        return self._progress.of_all()
+        """All trials by number: those trained here, those of other processes and earlier calls, and those to come."""
+        if time.monotonic() - self._read >= REFRESH:
+            self._read = time.monotonic()
+            self._others = {trial.number: self._shown(trial) for trial in self._study.trials}
+        known = {**self._waiting, **self._others, **self._own}
+        return [known[number] for number in sorted(known)]
+
+    def _shown(self, trial: FrozenTrial) -> Progress:
+        shown = trial_progress(self._study.plan, trial.number, trial.user_attrs.get(SETTINGS, {}))
+        shown.state, shown.epochs = STATES[trial.state.name], max(trial.intermediate_values, default=0)
+        shown.note = trial.user_attrs.get(NOTE) or ("" if trial.value is None else f"mAP50-95 {trial.value:.4f}")
+        return shown
 
     def release(self) -> None:
         """Let other processes resume the trials that have not ended."""
@@ -167,34 +182,9 @@ class Attempt:
         return TrialState.FAIL
 
 
-class StudyProgress:
-    """All trials: those trained here, those of other processes and of earlier calls, and those to come.
-
-    Args:
-        study: The study.
-    """
-
-    def __init__(self, study: SharedStudy):
-        self._study, self._read = study, -math.inf
-        self._own: dict[int, Progress] = {}
-        self._others: dict[int, Progress] = {}
-        run = trial_progress(study.plan, 0).run
-        self._waiting = {n: Progress(replace(run, key=f"trial {n}")) for n in range(study.plan.trials)}
-
-    def hold(self, number: int, shown: Progress) -> None:
-        """Show a trial that is trained here, which its training keeps up to date."""
-        self._own[number] = shown
-
-    def of_all(self) -> list[Progress]:
-        """The state of each trial, by number."""
-        if time.monotonic() - self._read >= REFRESH:
-            self._read = time.monotonic()
-            self._others = {trial.number: self._of(trial) for trial in self._study.trials}
-        known = {**self._waiting, **self._others, **self._own}
-        return [known[number] for number in sorted(known)]
-
-    def _of(self, trial: FrozenTrial) -> Progress:
-        shown = trial_progress(self._study.plan, trial.number, trial.user_attrs.get(SETTINGS))
-        shown.state, shown.epochs = STATES[trial.state.name], max(trial.intermediate_values, default=0)
-        shown.note = trial.user_attrs.get(NOTE) or ("" if trial.value is None else f"mAP50-95 {trial.value:.4f}")
-        return shown
+def trial_progress(plan: TunePlan, number: int, settings: Mapping[str, Any]) -> Progress:
+    """The state of a trial for showing, as a comparison shows its runs."""
+    words = ", ".join(f"{key}={value}" for key, value in settings.items())
+    run = plan.runs({})[0]
+    arguments = {**run.arguments, "epochs": plan.trial_epochs}
+    return Progress(replace(run, key=f"trial {number}" + (f": {words}" if words else ""), arguments=arguments))

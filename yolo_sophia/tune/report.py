@@ -5,15 +5,13 @@ It is written whatever the state of the trials.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.report.document import Block, Code, Document, Fold, Gallery, Section, Table, Text
 from yolo_sophia.report.figure_style import picture
-from yolo_sophia.report.formatting import DASH, count, decimal, duration, scalar
+from yolo_sophia.report.formatting import DASH, count, csv_text, decimal, duration, scalar
 from yolo_sophia.report.provenance import facts_table
 from yolo_sophia.report.render import write_document
 from yolo_sophia.runs.run import data_name
@@ -153,12 +151,10 @@ def _space(view: View) -> list[Block]:
 
 def rows_csv(view: View) -> str:
     """One line per trial."""
-    buffer, keys = io.StringIO(), list(view.plan.space)
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["trial", "state", "mAP50-95", *keys, "epochs", "seconds", "note"])
+    keys = list(view.plan.space)
+    rows: list[Sequence[object]] = [["trial", "state", "mAP50-95", *keys, "epochs", "seconds", "note"]]
     for trial in view.trials:
-        settings: Sequence[object] = [trial.settings.get(key, "") for key in keys]
+        settings = (trial.settings.get(key) for key in keys)
         last = max(trial.curve, default=0)
-        row = [trial.number, trial.state, trial.value, *settings, last, trial.seconds, trial.note]
-        writer.writerow(["" if cell is None else cell for cell in row])
-    return buffer.getvalue()
+        rows.append([trial.number, trial.state, trial.value, *settings, last, trial.seconds, trial.note])
+    return csv_text(rows)

@@ -28,14 +28,18 @@ from yolo_sophia.atomic import atomic_write
 from yolo_sophia.runs.plan import TRIAL_SEED
 from yolo_sophia.search_space import Choice, Dimension
 from yolo_sophia.tune.plan import TunePlan
-from yolo_sophia.tune.progress import NOTE, SETTINGS
 
 BEAT, GRACE = 60, 600
 """Seconds between two heartbeats, and after which a trial without one has failed."""
 RETRIES = 3
 """How often a trial that failed for lack of heartbeats is tried again."""
-IDENTITY, FOLDER, AS_GIVEN = "identity", "folder", "as given"
-"""User attributes: the plan of a study; the folder of a trial, and whether it changes nothing."""
+ENOUGH = 4
+"""Finished trials from which on importances are computed."""
+IDENTITY, FOLDER, AS_GIVEN, SETTINGS, NOTE = "identity", "folder", "as given", "settings", "note"
+"""User attributes: the plan of a study; the folder of a trial, whether it changes nothing, what it searched (as it was
+trained), and why it failed."""
+STATES = {"RUNNING": "elsewhere", "COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
+"""Optuna's states as a comparison names them."""
 StorageError = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 """What a storage that is full, locked or gone raises while a study goes on."""
 LOCKS, FOLDER_ID = ".locks", ".folder"
@@ -57,7 +61,7 @@ class Claim:
 
 
 class SharedStudy:
-    """A study as this process sees it.
+    """A study as this process sees it; `study` is Optuna's.
 
     Args:
         plan: The plan.
@@ -81,10 +85,10 @@ class SharedStudy:
             if not folder.is_file():
                 atomic_write(folder, uuid.uuid4().hex)
             self.folder = folder.read_text(encoding="utf-8")
-            self._study = found or self._open(create=True)
-            self._check_same(self._study)
-            if not self._study.get_trials(deepcopy=False):
-                self._study.set_user_attr(IDENTITY, plan.identity())
+            self.study = found or self._open(create=True)
+            self._check_same(self.study)
+            if not self.study.get_trials(deepcopy=False):
+                self.study.set_user_attr(IDENTITY, plan.identity())
             self._plan_ahead()
 
     def _open(self, *, create: bool) -> optuna.Study | None:
@@ -126,9 +130,9 @@ class SharedStudy:
         """Queue the trials that no sampler proposes: the optimizer's own settings, or every point of the grid."""
         if self.plan.sampler == "grid":
             for point in self.plan.grid():
-                self._study.enqueue_trial(point, skip_if_exists=True)
-        elif not self._study.get_trials(deepcopy=False) and (self.plan.start or self.plan.first_as_given):
-            self._study.enqueue_trial(dict(self.plan.start), user_attrs={AS_GIVEN: self.plan.first_as_given})
+                self.study.enqueue_trial(point, skip_if_exists=True)
+        elif not self.study.get_trials(deepcopy=False) and (self.plan.start or self.plan.first_as_given):
+            self.study.enqueue_trial(dict(self.plan.start), user_attrs={AS_GIVEN: self.plan.first_as_given})
 
     @contextmanager
     def _queue(self) -> Iterator[None]:
@@ -152,29 +156,26 @@ class SharedStudy:
     @property
     def trials(self) -> list[FrozenTrial]:
         """All trials that were begun, retries included, by number."""
-        return [t for t in self._study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+        return [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
 
     def claim(self) -> Claim | None:
         """Resume a trial that was interrupted, or begin one; None where nothing is left to begin."""
         with self._queue():
-            trials = self._study.get_trials(deepcopy=False)
+            trials = self.study.get_trials(deepcopy=False)
             begun = [trial for trial in trials if trial.state != TrialState.WAITING]
-            self._study.sampler = make_sampler(self.plan, len(begun))
-            for trial in begun:
-                if trial.state == TrialState.RUNNING and self._is_mine(trial) and (lock := self._lock(trial.number)):
-                    return self._claimed(optuna.Trial(self._study, trial._trial_id), lock)
+            self.study.sampler = make_sampler(self.plan, len(begun))
+            for trial in begun:  # without a folder: its process was killed before it noted the folder
+                mine = trial.user_attrs.get(FOLDER, self.folder) == self.folder
+                if trial.state == TrialState.RUNNING and mine and (lock := self._lock(trial.number)):
+                    return self._claimed(optuna.Trial(self.study, trial._trial_id), lock)
             for trial in trials:
                 if trial.state == TrialState.WAITING and _is_retry(trial):
                     if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                        return self._claimed(optuna.Trial(self._study, trial._trial_id), self._lock(trial.number))
+                        return self._claimed(optuna.Trial(self.study, trial._trial_id), self._lock(trial.number))
             if sum(not _is_retry(trial) for trial in begun) >= self.plan.trials:
                 return None
-            trial = self._study.ask()
+            trial = self.study.ask()
             return self._claimed(trial, self._lock(trial.number))
-
-    def _is_mine(self, trial: FrozenTrial) -> bool:
-        """Whether a trial is of this folder, or of nobody: a process was killed before it noted its folder."""
-        return trial.user_attrs.get(FOLDER, self.folder) == self.folder
 
     def _lock(self, number: int) -> FileLock | None:
         lock = FileLock(self._locks / f"trial-{number}", thread_local=False)
@@ -200,7 +201,7 @@ class SharedStudy:
         """Close a trial; one that has failed for lack of heartbeats stays so."""
         if note:
             claim.trial.set_user_attr(NOTE, note)
-        self._study.tell(claim.trial, value, state if value is None else None, skip_if_finished=True)
+        self.study.tell(claim.trial, value, state if value is None else None, skip_if_finished=True)
         claim.lock.release()
 
     def beat(self) -> None:
@@ -215,24 +216,15 @@ class SharedStudy:
         for trial in self.trials:
             if trial.state == TrialState.RUNNING and trial.user_attrs.get(FOLDER) == self.folder:
                 self.storage.record_heartbeat(trial._trial_id)
-        optuna.storages.fail_stale_trials(self._study)
+        optuna.storages.fail_stale_trials(self.study)
 
     def importance(self) -> Mapping[str, float]:
-        """Share of each argument in what separates good trials from others (PED-ANOVA), the largest first.
-
-        Returns:
-            Shares that sum to 1; empty where there are too few finished trials to say, or their values are all alike.
-        """
+        """PED-ANOVA importances, the largest first, of sum 1; empty for too few finished trials or equal values."""
         finished = [t for t in self.trials if t.state == TrialState.COMPLETE]
         if len(finished) < ENOUGH or len({t.value for t in finished}) < 2:
             return {}
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return optuna.importance.get_param_importances(self._study, evaluator=evaluator)
-
-    @property
-    def study(self) -> optuna.Study:
-        """Optuna's study."""
-        return self._study
+        return optuna.importance.get_param_importances(self.study, evaluator=evaluator)
 
 
 def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -243,10 +235,6 @@ def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
 
 def _is_retry(trial: FrozenTrial) -> bool:
     return bool(optuna.storages.RetryHeartbeatStaleTrialCallback.retry_history(trial))
-
-
-ENOUGH = 4
-"""Finished trials from which on importances are computed."""
 
 
 def _suggest(trial: optuna.Trial, key: str, dimension: Dimension) -> Any:

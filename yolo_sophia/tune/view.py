@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import optuna
 
 from yolo_sophia.tune.best_settings import BestSettings, best_settings
 from yolo_sophia.tune.plan import TunePlan
-from yolo_sophia.tune.progress import NOTE, SETTINGS, STATES
-
-if TYPE_CHECKING:
-    import optuna
-
-    from yolo_sophia.tune.study import SharedStudy
+from yolo_sophia.tune.study import NOTE, SETTINGS, STATES, SharedStudy
 
 
 @dataclass(frozen=True)
