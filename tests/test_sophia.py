@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from yolo_sophia.optim import DecoupledSophia, SophiaG, SophiaH
-from yolo_sophia.optim._base import MATURE
+from yolo_sophia.optim._state import MATURE
 
 STEP = {"grad": {"bs": 12}, "estimates": {}}  # what step() takes after an update_hessian() of that kind
 EVERY = 3  # steps per Hessian update

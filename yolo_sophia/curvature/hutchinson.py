@@ -1,9 +1,8 @@
 """Hutchinson's estimate of the diagonal of the Hessian itself, for any scalar loss that can be differentiated twice.
 
 For signs v with E[v v^T] = I, the elementwise product  v * (H v)  has the diagonal of H as its expectation
-(arXiv 2305.14342, section 2.3). With signs, the diagonal's own part is exact in each probe, and the noise of entry i is
-the sum of the squares of the rest of its row. Unlike a Gauss-Newton diagonal it can be negative: where the loss curves
-down, or by noise. The optimizers take eps in its place there.
+(arXiv 2305.14342, section 2.3). Unlike a Gauss-Newton diagonal it can be negative: where the loss curves down, or by
+noise.
 """
 
 from __future__ import annotations

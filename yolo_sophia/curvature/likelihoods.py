@@ -1,10 +1,8 @@
 """Loss terms as likelihoods: from model outputs and loss coefficients to sampled cotangents.
 
 A term  L = sum_i c_i * nll(y_i | f_i)  adds  sum_i c_i J_i^T S_i J_i  to the Gauss-Newton matrix, with
-S_i = Cov(mu_i - y) for y drawn from the model's own p(. | f_i). Its cotangent on the output is sqrt(c_i) (mu_i - y_i):
-the covariance is c_i S_i, so the square of its pull-back to the parameters is, in expectation, the diagonal of the
-matrix (Gauss-Newton-Bartlett, arXiv 2305.14342, section 2.3). The root of the coefficient, not the coefficient, is what
-makes terms with different coefficients add up in one backward pass.
+S_i = Cov(mu_i - y) for y drawn from the model's own p(. | f_i). The squared pull-back of the cotangent
+sqrt(c_i) (mu_i - y_i) is, in expectation, the diagonal of that matrix (arXiv 2305.14342, section 2.3).
 """
 
 from __future__ import annotations
@@ -44,8 +42,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @dataclass
-class _Likelihood:
-    """A negative log-likelihood of an output, summed with coefficients."""
+class Likelihood:
+    """A negative log-likelihood of an output, summed with coefficients: sum c nll(t | f).
+
+    Attributes:
+        output: f.
+        coefficient: c, broadcastable to the output (for `Categorical` to a row of it), >= 0.
+        target: t, of the shape of the output; used by `observed` only.
+    """
 
     output: Tensor
     coefficient: Tensor
@@ -56,15 +60,10 @@ class _Likelihood:
         return self.coefficient.sqrt()
 
 
-class Bernoulli(_Likelihood):
+class Bernoulli(Likelihood):
     """Binary cross-entropy with logits, summed: sum c (softplus(f) - t f).
 
     The curvature p (1 - p) does not depend on the target t, which may be soft.
-
-    Attributes:
-        output: Logits f, any shape.
-        coefficient: c, broadcastable to the logits, >= 0.
-        target: t in [0, 1], of the shape of the logits; used by `observed` only.
     """
 
     def sampled(self, generator: Generator | None) -> Tensor:
@@ -77,16 +76,11 @@ class Bernoulli(_Likelihood):
         return (_wide(self.output).sigmoid() - self.target) * self._root
 
 
-class Categorical(_Likelihood):
+class Categorical(Likelihood):
     """Cross-entropy over the last dimension, summed: sum c (logsumexp(f) - t . f).
 
-    The curvature diag(p) - p p^T does not depend on the target t, which may be soft (distribution focal loss spreads it
-    over two bins).
-
-    Attributes:
-        output: Logits f, shape (..., classes).
-        coefficient: c, broadcastable to (..., 1), >= 0; 0 where a row takes no part in the loss.
-        target: Probabilities t, shape (..., classes); used by `observed` only.
+    The output has the shape (..., classes). The curvature diag(p) - p p^T does not depend on the target t, which may be
+    soft (distribution focal loss spreads it over two bins). A coefficient of 0 takes a row out of the loss.
     """
 
     def sampled(self, generator: Generator | None) -> Tensor:
@@ -102,16 +96,11 @@ class Categorical(_Likelihood):
         return (_wide(self.output).softmax(-1) - self.target) * self._root
 
 
-class Laplace(_Likelihood):
+class Laplace(Likelihood):
     """Absolute error, summed: sum c |f - t|, the NLL of a Laplace distribution of scale 1.
 
     Its Hessian is 0 almost everywhere. The Fisher information 1 stands in for it. It depends on the unit of f: a scale
     of 1 is a convention.
-
-    Attributes:
-        output: f, any shape.
-        coefficient: c, broadcastable to the output, >= 0.
-        target: t, of the shape of the output; used by `observed` only.
     """
 
     def sampled(self, generator: Generator | None) -> Tensor:
@@ -123,15 +112,10 @@ class Laplace(_Likelihood):
         return (_wide(self.output) - self.target).sign() * self._root
 
 
-class Gaussian(_Likelihood):
+class Gaussian(Likelihood):
     """Negative log-likelihood of a normal distribution of unit variance, summed: sum c (f - t)^2 / 2.
 
     Another variance is part of the coefficient: c / variance.
-
-    Attributes:
-        output: Means f, any shape.
-        coefficient: c, broadcastable to the means, >= 0.
-        target: t, of the shape of the means; used by `observed` only.
     """
 
     def sampled(self, generator: Generator | None) -> Tensor:

@@ -1,8 +1,7 @@
 """PyTorch's common losses as loss terms: which likelihood, and which coefficient per prediction.
 
-The second derivative of the loss by the model's output equals that of the term, for both reductions (but for
-the absolute error, which has none). Labels are drawn from the model, weights stay those of the data. "mean" divides as
-PyTorch does: by the number of elements, or for a class-weighted cross-entropy by the sum of the labels' weights.
+The second derivative of the loss by the model's output equals that of the term (but for the absolute error, which has
+none). Labels are drawn from the model; weights and the divisor of "mean" are PyTorch's, from the data.
 """
 
 from __future__ import annotations
@@ -110,10 +109,7 @@ def binary_cross_entropy_with_logits(
 def mse_loss(output: Tensor, target: Tensor | None = None, *, reduction: str = "mean") -> list[LossTerm]:
     """Squared error: a Gaussian with the coefficient 2, for its negative log-likelihood has the half of the square.
 
-    Args:
-        output: Predictions, any shape.
-        target: Observations of the same shape.
-        reduction: "mean" or "sum".
+    The arguments are those of `torch.nn.functional.mse_loss`.
 
     Raises:
         ValueError: The reduction gives no scalar.
@@ -125,10 +121,7 @@ def mse_loss(output: Tensor, target: Tensor | None = None, *, reduction: str = "
 def l1_loss(output: Tensor, target: Tensor | None = None, *, reduction: str = "mean") -> list[LossTerm]:
     """Absolute error: a Laplace distribution of scale 1, whose Fisher information stands in for a Hessian that is 0.
 
-    Args:
-        output: Predictions, any shape.
-        target: Observations of the same shape.
-        reduction: "mean" or "sum".
+    The arguments are those of `torch.nn.functional.l1_loss`.
 
     Raises:
         ValueError: The reduction gives no scalar.

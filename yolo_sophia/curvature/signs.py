@@ -1,11 +1,8 @@
 """Random signs: the fallback for a loss that is no likelihood, and the noise of Hutchinson's estimate.
 
-A loss  L = sum_i l_i(f_i)  over output elements f_i has  sum_i c_i (l_i' / c_i)^2 J_i J_i^T  as the empirical form of
-its Gauss-Newton matrix, c_i being the coefficient of the element (1 in a sum, 1/N in a mean of N). The cotangent
-s_i l_i' / sqrt(c_i)  with independent signs s_i has this matrix as the second moment of its pull-back: the signs take
-out the cross terms of different elements, which a plain squared gradient holds.
-
-It needs nothing but the gradient, and shares the empirical Fisher's defect: it vanishes where the loss is fitted.
+For a loss  L = sum_i l_i(f_i)  whose element i has the coefficient c_i, the cotangent  s_i l_i' / sqrt(c_i)  with
+independent signs s_i has the empirical Gauss-Newton matrix  sum_i c_i (l_i' / c_i)^2 J_i J_i^T  as the second moment of
+its pull-back. Like the empirical Fisher, it vanishes where the loss is fitted (docs/decisions/014-signed-gradients.md).
 """
 
 from __future__ import annotations

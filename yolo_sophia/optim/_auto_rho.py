@@ -1,22 +1,7 @@
-"""rho="auto": rho is set so that a wanted fraction of the coordinates is clipped.
+"""rho="auto": rho is set so that a wanted fraction of the coordinates is clipped (docs/decisions/008-automatic-rho.md).
 
-A coordinate is clipped where |m| >= rho h. The rho that clips the fraction c is the (1 - c)-quantile q of |m| / h.
-After every Hessian update, with the gradient of the step already in m:
-
-    log rho <- log rho + a (log q - log rho),      a = max(1 / n, SMOOTHING), n the number of measurements
-
-rho is a running average of measurements, in the logarithm since |m| / h spans decades. There is no feedback through a
-gain, so it cannot oscillate. It makes the step invariant to the scale of the loss and of h: c means the same for every
-model and batch.
-
-**Which coordinates count.** Those that move: m is not 0. A coordinate whose h is not positive is clipped whatever rho
-is; such coordinates use up part of c, but at least c / 2 of the coordinates with h > 0 are clipped, so that rho is
-measured where h is 0 for many (an embedding, of which each batch touches a few rows).
-
-**A young momentum.** m starts at 0: after t steps it is (1 - b1^t) g for a constant gradient and about
-sqrt(1 - b1^(2 t)) of its later size for a noisy one. No factor is right for both. So while b1^t > YOUNG, a measurement
-replaces rho, and until the second Hessian update it is repeated whenever the age of m has grown by a quarter. Without
-this, rho of the first step is several times too small until the second Hessian update.
+A coordinate is clipped where |m| >= rho h, so the rho that clips the fraction c is the (1 - c)-quantile of |m| / h. It
+is measured after every Hessian update, with the gradient of the step already in m, and averaged in the logarithm.
 """
 
 from __future__ import annotations
@@ -49,7 +34,7 @@ def smoothed(rho: float, measurements: int, quantile: float, *, young: bool = Fa
         rho: Its value so far.
         measurements: How many made it.
         quantile: The new measurement q, > 0.
-        young: Whether the momentum is young, see above.
+        young: Whether the momentum is young; the measurement then replaces rho.
     """
     weight = 1.0 if young else max(1 / (measurements + 1), SMOOTHING)
     return math.exp((1 - weight) * math.log(rho) + weight * math.log(quantile))

@@ -1,7 +1,7 @@
 """Optimizers of the family that estimate h themselves, every few steps.
 
-The schedule, the seed and the index of the estimate are kept in the parameter groups, hence in every state dict; an
-estimate's noise follows from the latter two alone. So a resumed run makes the estimates that it would have made.
+Schedule, seed and index of the estimate are kept in the parameter groups and determine the noise, so a resumed run
+makes the estimates that it would have made.
 """
 
 from __future__ import annotations

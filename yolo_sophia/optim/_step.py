@@ -20,18 +20,11 @@ from torch.nn import Parameter
 
 @dataclass(frozen=True)
 class StepOptions:
-    """The numbers of one step that all tensors of a parameter group share.
+    """What all tensors of a parameter group share in a step: the group's settings, in the notation of its class.
 
     Args:
-        lr: Learning rate.
-        beta1: Decay of m.
-        weight_decay: Decoupled weight decay.
-        eps: Added to the denominator, or its smallest value.
-        maximize: Follow the gradient upwards.
         bound: Largest absolute entry of the update, before lr.
         eps_is_minimum: See `denominator`.
-        cautious: Move only the coordinates whose update has the sign of the gradient.
-        hessian_power: See `denominator`.
     """
 
     lr: float

@@ -2,10 +2,9 @@
 
     theta <- theta - lr clip(m / max(h, eps), rho)
 
-Here rho is the bound of the clip, as in that release; everywhere else in this package rho multiplies h. The two rules
-are one: (lr, rho, eps) here moves as (lr rho, rho, eps rho) does there, but for the weight decay. The names are those
-of its README; the behaviour is the paper's (arXiv 2305.14342, algorithm 3): both estimators work for any shape of
-parameter, labels are sampled, momentum and decay are applied once, and neither estimator needs `create_graph`.
+Here rho is the bound of the clip, as in that release; everywhere else in this package rho multiplies h. But for the
+weight decay, (lr, rho, eps) here moves as (lr rho, rho, eps rho) does there. The names are those of its README, the
+behaviour is the paper's (arXiv 2305.14342, algorithm 3).
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
-"""SophiaG: sign-like momentum steps, bounded per coordinate by a diagonal Gauss-Newton curvature.
+"""SophiaG: Sophia with a diagonal Gauss-Newton curvature h that is given to it (arXiv 2305.14342).
 
-The numbers equal those of the official release (`sophia-opt`) for the same calls. Paper:
-"Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training", arXiv 2305.14342. Its notation:
+The numbers equal those of the official release (`sophia-opt`) for the same calls:
 
-    m <- b1 m + (1 - b1) g                            every step
-    h <- b2 h + (1 - b2) h_hat                        every k-th step, before the parameters move
-    theta <- theta - lr wd theta                      decoupled decay
     theta <- theta - lr clip(m / (rho bs h + eps), 1)
-
-The estimate h_hat comes from outside: from `.grad` of a loss with labels sampled from the model, as in the official
-code, or from tensors that a curvature estimator made (`yolo_sophia.curvature`).
 """
 
 from __future__ import annotations
@@ -20,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolo_sophia.optim._base import CLASS_KEYS, MATURE, SophiaBase, evaluated, shares_docs
+from yolo_sophia.optim._base import SophiaBase, evaluated, shares_docs
+from yolo_sophia.optim._state import CLASS_KEYS, MATURE
 
 
 @shares_docs

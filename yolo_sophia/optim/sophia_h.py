@@ -2,9 +2,8 @@
 
     theta <- theta - lr clip(m / max(rho h, eps), 1)
 
-The estimate can be negative, by noise or where the loss curves down. It enters the average h as it is, so that h stays
-unbiased; the maximum in the denominator then turns a negative h into a step of full size along the momentum, as the
-paper has it. (An eps that is added, as in SophiaG, would turn it uphill.)
+The estimate can be negative and enters h as it is, so that h stays unbiased; where h is negative, the maximum makes the
+step one of full size along the momentum (docs/decisions/017-negative-curvature.md).
 """
 
 from __future__ import annotations
