@@ -46,11 +46,7 @@ class Curve:
     failed: bool = False
 
     def __post_init__(self) -> None:
-        """Check lengths, order and ranges.
-
-        Raises:
-            ValueError: Something is inconsistent; the message names the run, the column and the epoch.
-        """
+        """Check lengths, order and ranges; an error names the run, the column and the epoch."""
         name = f"run {self.arm!r} on {self.data!r}, seed {self.seed}, horizon {self.horizon}"
         if not 0 < self.horizon < math.inf:
             raise ValueError(f"{name}: the horizon must be a finite fraction of T above 0; 1 is the full schedule.")
@@ -114,13 +110,10 @@ def runs_by_seed(curves: Iterable[Curve], arm: str, data: str, horizon: float = 
 
 
 def default_target(curves: Iterable[Curve], reference: str, data: str) -> float | None:
-    """Return the reference arm's median final mAP50-95 over full schedules.
+    """The reference arm's median final mAP50-95 over full schedules; None if no run finished or it is 0.
 
     For an even number of seeds it is the lower of the middle two, so that the reference reaches its own target in most
     seeds. Failed runs are excluded: a crash of the reference must not lower the target.
-
-    Returns:
-        The target; None if no run finished or the median is 0.
     """
     finals = [curve.final() for curve in runs_by_seed(curves, reference, data).values() if not curve.failed]
     return (median_low(finals) or None) if finals else None

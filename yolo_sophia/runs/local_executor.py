@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from yolo_sophia.runs.scheduler import Job
 from yolo_sophia.runs.worker import LOG
 
 
@@ -35,19 +36,11 @@ class LocalExecutor:
         return job
 
 
-class LocalJob:
-    """A worker process.
-
-    Args:
-        process: The process.
-    """
+class LocalJob(Job):
+    """A worker process."""
 
     def __init__(self, process: subprocess.Popen[bytes]):
         self._process = process
-
-    def started(self) -> bool:
-        """Always."""
-        return True
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""

@@ -60,19 +60,20 @@ class _Lines:
                 print(f"{self.title}: {item.run.key} {item.state}{note}", file=sys.stderr, flush=True)
             self.printed[item.run.key] = state
         if time.monotonic() - self.last > 60:
-            counts = Counter(item.state for item in progress)
-            shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-            left = duration(eta_seconds(progress, self.workers))
-            print(f"{self.title}: {shown}; {left} left", file=sys.stderr, flush=True)
+            print(f"{self.title}: {_summary(progress, self.workers)}", file=sys.stderr, flush=True)
             self.last = time.monotonic()
+
+
+def _summary(progress: list[Progress], workers: int) -> str:
+    counts = Counter(item.state for item in progress)
+    shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    return f"{shown}; {duration(eta_seconds(progress, workers))} left"
 
 
 def _table(title: str, progress: list[Progress], workers: int):
     from rich.table import Table
 
-    counts = Counter(item.state for item in progress)
-    shown = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    table = Table(title=title, caption=f"{shown}; {duration(eta_seconds(progress, workers))} left", min_width=72)
+    table = Table(title=title, caption=_summary(progress, workers), min_width=72)
     for column in ("run", "state", "epochs", "time"):
         table.add_column(column, justify="left" if column in {"run", "state"} else "right")
     style = {"failed": "red", "running": "bold", "finished": "green", "elsewhere": "yellow", "pruned": "dim"}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_sophia.runs.local_executor import start_worker
-from yolo_sophia.runs.scheduler import is_finished
+from yolo_sophia.runs.scheduler import Job, is_finished
 from yolo_sophia.runs.worker import LOG, ORDER
 
 PATIENCE = 60.0
@@ -52,15 +52,8 @@ class RayExecutor:
         return RayJob(self._ray, self._remote, folder.resolve(), self.threads)
 
 
-class RayJob:
-    """A task that runs a worker.
-
-    Args:
-        ray: The module.
-        remote: The remote function.
-        folder: The run's folder.
-        threads: Threads of the worker.
-    """
+class RayJob(Job):
+    """A task that runs a worker."""
 
     def __init__(self, ray: Any, remote: Any, folder: Path, threads: int):
         self._ray, self._folder, self._mark = ray, folder, uuid.uuid4().hex
@@ -99,11 +92,7 @@ class RayJob:
 
 
 def _room(ray: Any, cpus: int, gpus: float) -> int:
-    """Number of runs that the cluster can take side by side.
-
-    Raises:
-        ValueError: No node has room for one.
-    """
+    """Number of runs that the cluster can take side by side, at least one."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = [min(has.get("CPU", 0) // cpus, has.get("GPU", 0) // gpus if gpus else float("inf")) for has in nodes]
     if not sum(room):

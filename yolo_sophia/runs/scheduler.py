@@ -49,20 +49,24 @@ class Progress:
     before: int = 0
 
 
-class Job(Protocol):
+class Job:
     """A worker that an executor has started."""
 
     def started(self) -> bool:
         """Whether it runs; an executor may let it wait."""
+        return True
 
     def poll(self) -> int | None:
         """The exit code, negative where a signal ended it; None while it runs."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         """Ask it to end; its folder stays resumable."""
+        raise NotImplementedError
 
     def explain(self) -> str:
         """What is known of a failure that is not in the log."""
+        return ""
 
 
 class Executor(Protocol):
@@ -81,11 +85,7 @@ class Executor(Protocol):
 
 
 class RunQueue:
-    """Trainings for the loop: a fixed list of runs. Those that another process trains are tried again later.
-
-    Args:
-        runs: The runs.
-    """
+    """Trainings for the loop: a fixed list of runs. Those that another process trains are tried again later."""
 
     def __init__(self, runs: Iterable[Run]):
         self._progress = [Progress(run) for run in runs]
@@ -211,15 +211,7 @@ def _update(one: _Active) -> None:
 
 
 def _finalize(folder: Path, item: Progress, code: int, *, stopped: bool = False, why: str = "") -> None:
-    """Set the run's state when its worker has ended.
-
-    Args:
-        folder: The run's folder.
-        item: The run.
-        code: The worker's exit code, negative where a signal ended it.
-        stopped: Whether it was ended by us.
-        why: What is known of the failure beyond the log.
-    """
+    """Set the run's state from the exit code of its worker, negative where a signal ended it."""
     try:
         item.epochs = len(read_curve(folder))
         if is_finished(folder):

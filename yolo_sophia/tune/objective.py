@@ -19,7 +19,7 @@ from yolo_sophia.runs.worker import read_curve
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.study import NOTE, SETTINGS, STATES, Claim, SharedStudy
 
-REFRESH = 5.0
+READ_INTERVAL = 5.0
 """Seconds between two looks at the trials of other processes."""
 RETRY = 2.0
 """Seconds until a training that another process holds is tried again."""
@@ -49,7 +49,7 @@ class TrialQueue(RunQueue):
         for attempt in self._active:
             if attempt.item is None and attempt.ready <= now:
                 return attempt.begin()
-        if self._refused is not None and (self._active or self._wait) and now - self._refused < REFRESH:
+        if self._refused is not None and (self._active or self._wait) and now - self._refused < READ_INTERVAL:
             return None
         if (claim := self._study.claim()) is None:
             self._refused = now
@@ -80,7 +80,7 @@ class TrialQueue(RunQueue):
 
     def progress(self) -> list[Progress]:
         """All trials by number: those trained here, those of other processes and earlier calls, and those to come."""
-        if time.monotonic() - self._read >= REFRESH:
+        if time.monotonic() - self._read >= READ_INTERVAL:
             self._read = time.monotonic()
             self._others = {trial.number: self._shown(trial) for trial in self._study.trials}
         known = {**self._waiting, **self._others, **self._own}
@@ -102,12 +102,7 @@ class TrialQueue(RunQueue):
 
 
 class Attempt:
-    """A trial in training.
-
-    Args:
-        plan: The plan.
-        claim: The trial.
-    """
+    """A trial in training."""
 
     def __init__(self, plan: TunePlan, claim: Claim):
         self.plan, self.claim = plan, claim

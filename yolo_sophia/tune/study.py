@@ -41,7 +41,7 @@ trained), and why it failed."""
 STATES = {"RUNNING": "elsewhere", "COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 """Optuna's states as a comparison names them."""
 StorageError = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
-"""What a storage that is full, locked or gone raises while a study goes on."""
+"""What a storage that is full, locked or gone raises during a study."""
 LOCKS, FOLDER_ID = ".locks", ".folder"
 
 
@@ -245,7 +245,7 @@ def _suggest(trial: optuna.Trial, key: str, dimension: Dimension) -> Any:
 
 
 def make_sampler(plan: TunePlan, number: int) -> optuna.samplers.BaseSampler:
-    """A sampler for one trial, seeded by its number: a study that was cut off goes on as if it had not been.
+    """A sampler for one trial, seeded by its number: an interrupted study continues as if it had not been.
 
     Raises:
         ValueError: sampler=cmaes without the package cmaes.
