@@ -1,4 +1,4 @@
-"""Any optimizer by a dotted path under Ultralytics: what is typed is used or refused."""
+"""Any optimizer by its import path under Ultralytics: an argument is used or refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from yolo_sophia.integration import external_optimizer as dotted
+from yolo_sophia.integration import external_optimizer
 from yolo_sophia.integration.arguments import canonical_optimizer, finalize, refuse_for_others
 
 pytestmark = pytest.mark.compat
@@ -97,13 +97,13 @@ def test_state_stays_float32_in_checkpoints(tiny_run):
 )
 def test_refuses(path, given, message):
     with pytest.raises(ValueError, match="optimizer") as error:
-        dotted.check_arguments(path, given or {}) if given else dotted.load_class(path)
+        external_optimizer.check_arguments(path, given or {}) if given else external_optimizer.load_class(path)
     assert message in str(error.value)
 
 
 def test_refuses_arguments_that_are_no_mapping():
     with pytest.raises(TypeError, match="expected a mapping"):
-        dotted.check_arguments("torch.optim.RAdam", "betas")
+        external_optimizer.check_arguments("torch.optim.RAdam", "betas")
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SophiaG"])
@@ -134,25 +134,25 @@ def test_what_the_constructor_refuses_is_refused_before_a_directory_is_made(tiny
     assert not Path(tiny_run["project"]).exists()
 
 
-def test_only_what_was_typed_is_imported(tmp_path, monkeypatch):
-    package = tmp_path / "typed_package"
+def test_only_the_named_module_is_imported(tmp_path, monkeypatch):
+    package = tmp_path / "named_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "beside.py").write_text("raise SystemExit('imported, though nobody named it')")
+    (package / "beside.py").write_text("raise SystemExit('imported, although it was not named')")
     (package / "named.py").write_text("import torch\nclass Mine(torch.optim.SGD): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
-    for name in ("SGD", "auto", "typed_package", "typed package.named.Mine", "typed_package/named.Mine", "x.y.Z()"):
-        assert not dotted.is_dotted(name) and canonical_optimizer(name) is None
-    assert dotted.load_class("typed_package.named.Mine").__name__ == "Mine"
-    assert set(sys.modules) - before == {"typed_package", "typed_package.named"}
+    for name in ("SGD", "auto", "named_package", "named package.named.Mine", "named_package/named.Mine", "x.y.Z()"):
+        assert not external_optimizer.is_path(name) and canonical_optimizer(name) is None
+    assert external_optimizer.load_class("named_package.named.Mine").__name__ == "Mine"
+    assert set(sys.modules) - before == {"named_package", "named_package.named"}
 
 
 def test_a_module_that_ends_the_interpreter_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "leaving.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"optimizer=leaving\.X: importing leaving ended in SystemExit: 3\."):
-        dotted.load_class("leaving.X")
+        external_optimizer.load_class("leaving.X")
 
 
 def test_arguments_for_any_dotted_optimizer_are_refused_with_the_way_to_use_them():

@@ -28,7 +28,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: The file cannot be written; the old one is unchanged.
     """
-    with _temporary_name(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -38,12 +38,12 @@ def atomic_copy(source: Path, path: Path) -> None:
     Raises:
         OSError: As `atomic_write`.
     """
-    with _temporary_name(path) as temporary:
+    with replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextlib.contextmanager
-def _temporary_name(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a new name beside `path`; what is written there replaces `path`, or is removed after an error."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:_DIGITS]}")
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from yolo_sophia import options
 from yolo_sophia.integration import external_optimizer, ultralytics_yaml
-from yolo_sophia.integration.explicit import MARKER, Record, explicit_keys, indistinct
+from yolo_sophia.integration.explicit import MARKER, Record, ambiguous, explicit_keys
 from yolo_sophia.options import ALL, AUTO, HUTCHINSON, OPTIONS, RENAMED, ULTRALYTICS_ARGS, suggestion
 from yolo_sophia.presets import load_preset
 
@@ -47,7 +47,7 @@ def canonical_optimizer(name: object) -> str | None:
     Raises:
         ValueError: It looks like a misspelling of ours.
     """
-    if external_optimizer.is_dotted(name):
+    if external_optimizer.is_path(name):
         return None
     by_lower = {x.lower(): x for x in OPTIMIZERS}
     lower = str(name).lower()
@@ -87,8 +87,8 @@ def finalize(args: Any, overrides: Mapping[str, Any] | None, ours: Iterable[str]
     is_recorded = vars(args).get(MARKER) is not None
     explicit = set_explicit(vars(args), overrides or {})
     if not is_recorded:
-        found = indistinct(ULTRALYTICS_ARGS, vars(args), overrides or {})
-        _warn_of_indistinct({key: own for key, own in found.items() if key not in explicit})
+        found = ambiguous(ULTRALYTICS_ARGS, vars(args), overrides or {})
+        _warn_of_ambiguous({key: own for key, own in found.items() if key not in explicit})
 
 
 def set_explicit(args: dict[str, Any], given: Mapping[str, Any]) -> set[str]:
@@ -181,7 +181,7 @@ def _rename(args: dict[str, Any], warn: bool = True) -> set[str]:
     return found
 
 
-def _warn_of_indistinct(values: Mapping[str, Any]) -> None:
+def _warn_of_ambiguous(values: Mapping[str, Any]) -> None:
     from ultralytics.utils import LOGGER, RANK
 
     if values and RANK in {-1, 0}:
@@ -194,7 +194,7 @@ def _warn_of_indistinct(values: Mapping[str, Any]) -> None:
 
 def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> None:
     """The run has another optimizer: refuse or remove our arguments, but for those that external optimizers share."""
-    is_external = external_optimizer.is_dotted(args.optimizer)
+    is_external = external_optimizer.is_path(args.optimizer)
     theirs = set(external_optimizer.OWN) if is_external else set()
     record = Record.of(vars(args), KNOWN_KEYS)
     explicit = explicit_keys(vars(args), overrides, record)
@@ -205,7 +205,7 @@ def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> 
     for key in ours - theirs:
         vars(args).pop(key, None)
     if is_external and not args.resume:  # a resumed run has its own final arguments
-        external_optimizer.settle_dotted(args, explicit)
+        external_optimizer.finalize_external(args, explicit)
         for key in external_optimizer.SHARED:
             if key in explicit:
                 ALL[key].check(getattr(args, key))

@@ -13,7 +13,7 @@ from yolo_sophia.curvature import ESTIMATORS, Hutchinson
 from yolo_sophia.integration.arguments import canonical_optimizer
 from yolo_sophia.integration.auto_lr import factor_for, is_new
 from yolo_sophia.integration.checkpoints import KEEP_FLOAT32, reworded
-from yolo_sophia.integration.external_optimizer import build_dotted
+from yolo_sophia.integration.external_optimizer import build_external
 from yolo_sophia.integration.modules import head_of, is_compiled, unwrap
 from yolo_sophia.integration.resolution import decide, save_arguments
 from yolo_sophia.integration.session import Session
@@ -104,7 +104,7 @@ def build_other(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) 
         set_bn_momentum(trainer.model, trainer.args.bn_momentum)
     factor = head_factor(trainer, call, getattr(trainer.args, "head_lr_factor", None), call["name"])
     save_arguments(trainer)
-    return build_dotted(trainer, parameter_groups(original, call, call["name"], factor), call)
+    return build_external(trainer, parameter_groups(original, call, call["name"], factor), call)
 
 
 def head_factor(trainer: BaseTrainer, call: dict[str, Any], given: float | str | None, shown: str) -> float:

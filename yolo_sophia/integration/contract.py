@@ -48,92 +48,73 @@ class Symbol:
     attribute: str = ""
 
 
-_UTILS, _CFG, _TRAINER = "ultralytics.utils.", "ultralytics.cfg.", "ultralytics.engine.trainer."
-_LOSS = "ultralytics.utils.loss."
-_BASE = f"{_TRAINER}BaseTrainer."
-_BOX = (
-    "self",
-    "pred_dist",
-    "pred_bboxes",
-    "anchor_points",
-    "target_bboxes",
-    "target_scores",
-    "target_scores_sum",
-    "fg_mask",
-)
-_BUILD = ("self", "model", "name", "lr", "momentum", "decay", "iterations")
+BOX_ARGUMENTS = "pred_dist pred_bboxes anchor_points target_bboxes target_scores target_scores_sum fg_mask"
+"""What DetectionRecorder reads from a call of BboxLoss."""
+
+
+def _extended(place: str, why: str) -> Symbol:
+    return Symbol(f"ultralytics.{place}", "extended", None, why)
+
+
+def _method(place: str, use: str, parameters: str, why: str) -> Symbol:
+    return Symbol(f"ultralytics.{place}", use, tuple(parameters.split()), why)
+
+
+def _trainer(name: str, use: str, parameters: str, why: str) -> Symbol:
+    return _method(f"engine.trainer.BaseTrainer.{name}", use, f"self {parameters}", why)
+
+
+def _loss(name: str, attribute: str, why: str, parameters: str = "", versions: str = ALL_VERSIONS) -> Symbol:
+    place = f"ultralytics.utils.loss.{name}"
+    return Symbol(place, "recorded", tuple(parameters.split()) or None, why, versions, attribute)
+
 
 CONTRACT = (
-    Symbol(f"{_UTILS}DEFAULT_CFG_DICT", "extended", None, "our arguments, in place: the children of `tune` share it"),
-    Symbol(f"{_UTILS}DEFAULT_CFG", "extended", None, "our arguments, in place"),
-    Symbol(f"{_CFG}CFG_FRACTION_KEYS", "extended", None, "the kinds of our arguments"),
-    Symbol(f"{_CFG}CFG_INT_KEYS", "extended", None, "the kinds of our arguments"),
-    Symbol(f"{_CFG}CFG_BOOL_KEYS", "extended", None, "the kinds of our arguments"),
-    Symbol(f"{_CFG}entrypoint", "patched", ("debug",), "which arguments stand on the command line"),
-    Symbol("ultralytics.engine.model.Model.train", "patched", ("self", "trainer"), "which arguments are keywords"),
-    Symbol("ultralytics.engine.model.Model.tune", "patched", ("self", "use_ray"), "workers of Ray know our arguments"),
-    Symbol("ultralytics.nn.tasks.BaseModel.load", "patched", ("self", "weights"), "the class names of the weights"),
-    Symbol(f"{_BASE}__init__", "patched", ("self", "cfg", "overrides", "_callbacks"), "which arguments `cfg=` holds"),
-    Symbol(f"{_BASE}train", "patched", ("self",), "workers of a multi-GPU run know our arguments"),
-    Symbol(f"{_BASE}check_resume", "patched", ("self", "overrides"), "arguments are validated before a folder is made"),
-    Symbol(f"{_BASE}build_optimizer", "patched", _BUILD, "the list of optimizers in it is closed"),
-    Symbol(
-        f"{_TRAINER}convert_optimizer_state_dict_to_fp16", "patched", ("state_dict",), "float16 turns most of h into 0"
+    _extended("utils.DEFAULT_CFG_DICT", "our arguments, in place: the children of `tune` share it"),
+    _extended("utils.DEFAULT_CFG", "our arguments, in place"),
+    *(_extended(f"cfg.CFG_{kind}_KEYS", "the kinds of our arguments") for kind in ("FRACTION", "INT", "BOOL")),
+    _method("cfg.entrypoint", "patched", "debug", "which arguments stand on the command line"),
+    _method("engine.model.Model.train", "patched", "self trainer", "which arguments are keywords"),
+    _method("engine.model.Model.tune", "patched", "self use_ray", "workers of Ray know our arguments"),
+    _method("nn.tasks.BaseModel.load", "patched", "self weights", "the class names of the weights"),
+    _trainer("__init__", "patched", "cfg overrides _callbacks", "which arguments `cfg=` holds"),
+    _trainer("train", "patched", "", "workers of a multi-GPU run know our arguments"),
+    _trainer("check_resume", "patched", "overrides", "arguments are validated before a folder is made"),
+    _trainer(
+        "build_optimizer",
+        "patched",
+        "model name lr momentum decay iterations",
+        "the list of optimizers in it is closed",
     ),
-    Symbol(f"{_TRAINER}strip_optimizer", "patched", ("f", "s"), "writes last.pt and best.pt in place"),
-    Symbol("ultralytics.engine.tuner.Tuner.__init__", "patched", ("self", "args"), "children get every key explicitly"),
-    Symbol("ultralytics.engine.tuner.Tuner.__call__", "patched", ("self",), "children know our arguments"),
-    Symbol(f"{_BASE}preprocess_batch", "wrapped", ("self", "batch"), "a micro-batch begins"),
-    Symbol(f"{_BASE}run_callbacks", "wrapped", ("self", "event"), "callbacks may replace what is wrapped"),
-    Symbol(f"{_BASE}optimizer_step", "wrapped", ("self",), "no gradient-norm clip before a step of Sophia"),
-    Symbol(f"{_BASE}save_metrics", "wrapped", ("self", "metrics"), "columns of results.csv"),
-    Symbol(f"{_BASE}plot_metrics", "wrapped", ("self",), "sophia.png"),
-    Symbol(f"{_BASE}save_model", "wrapped", ("self",), "atomic checkpoints"),
-    Symbol(f"{_BASE}final_eval", "wrapped", ("self",), "atomic checkpoints"),
-    Symbol("ultralytics.nn.tasks.BaseModel.init_criterion", "called", ("self",), "the criterion that is recorded"),
+    _method(
+        "engine.trainer.convert_optimizer_state_dict_to_fp16", "patched", "state_dict", "float16 turns most of h into 0"
+    ),
+    _method("engine.trainer.strip_optimizer", "patched", "f s", "writes last.pt and best.pt in place"),
+    _method("engine.tuner.Tuner.__init__", "patched", "self args", "children get every key explicitly"),
+    _method("engine.tuner.Tuner.__call__", "patched", "self", "children know our arguments"),
+    _trainer("preprocess_batch", "wrapped", "batch", "a micro-batch begins"),
+    _trainer("run_callbacks", "wrapped", "event", "callbacks may replace what is wrapped"),
+    _trainer("optimizer_step", "wrapped", "", "no gradient-norm clip before a step of Sophia"),
+    _trainer("save_metrics", "wrapped", "metrics", "columns of results.csv"),
+    _trainer("plot_metrics", "wrapped", "", "sophia.png"),
+    _trainer("save_model", "wrapped", "", "atomic checkpoints"),
+    _trainer("final_eval", "wrapped", "", "atomic checkpoints"),
+    _method("nn.tasks.BaseModel.init_criterion", "called", "self", "the criterion that is recorded"),
     Symbol("ultralytics.nn.tasks.BaseModel.loss", "recorded", ("self", "batch"), "all other losses", attribute="loss"),
-    Symbol(f"{_LOSS}v8DetectionLoss", "recorded", None, "class scores", attribute="bce"),
-    Symbol(f"{_LOSS}BboxLoss.forward", "recorded", _BOX, "boxes", attribute="bbox_loss"),
-    Symbol(
-        f"{_LOSS}DFLoss.__call__",
-        "recorded",
-        ("self", "pred_dist", "target"),
-        "box bins",
-        attribute="bbox_loss.dfl_loss",
-    ),
-    Symbol(
-        f"{_LOSS}v8SegmentationLoss.single_mask_loss",
-        "recorded",
-        ("gt_mask", "pred", "proto", "xyxy", "area"),
-        "masks",
-        attribute="single_mask_loss",
-    ),
-    Symbol(
-        f"{_LOSS}BCEDiceLoss.forward", "recorded", ("self", "pred", "target"), "semantic masks", LATER, "bcedice_loss"
-    ),
-    Symbol(
-        f"{_LOSS}KeypointLoss.forward",
-        "recorded",
-        ("self", "pred_kpts", "gt_kpts", "kpt_mask", "area"),
-        "keypoints",
-        attribute="keypoint_loss",
-    ),
-    Symbol(f"{_LOSS}v8PoseLoss", "recorded", None, "visibility of keypoints", attribute="bce_pose"),
-    Symbol(
-        f"{_LOSS}RLELoss.forward",
-        "recorded",
-        ("self", "sigma", "log_phi", "error", "target_weight"),
-        "keypoints of YOLO26",
-        LATER,
-        "rle_loss",
-    ),
-    Symbol(
-        f"{_LOSS}v8OBBLoss.calculate_angle_loss",
-        "recorded",
-        ("self", "pred_bboxes", "target_bboxes", "fg_mask"),
-        "angles of boxes",
-        LATER,
+    _loss("v8DetectionLoss", "bce", "class scores"),
+    _loss("BboxLoss.forward", "bbox_loss", "boxes", f"self {BOX_ARGUMENTS}"),
+    _loss("DFLoss.__call__", "bbox_loss.dfl_loss", "box bins", "self pred_dist target"),
+    _loss("v8SegmentationLoss.single_mask_loss", "single_mask_loss", "masks", "gt_mask pred proto xyxy area"),
+    _loss("BCEDiceLoss.forward", "bcedice_loss", "semantic masks", "self pred target", LATER),
+    _loss("KeypointLoss.forward", "keypoint_loss", "keypoints", "self pred_kpts gt_kpts kpt_mask area"),
+    _loss("v8PoseLoss", "bce_pose", "visibility of keypoints"),
+    _loss("RLELoss.forward", "rle_loss", "keypoints of YOLO26", "self sigma log_phi error target_weight", LATER),
+    _loss(
+        "v8OBBLoss.calculate_angle_loss",
         "calculate_angle_loss",
+        "angles of boxes",
+        "self pred_bboxes target_bboxes fg_mask",
+        LATER,
     ),
     Symbol(
         "ultralytics.nn.distill_model.DistillationModel.loss_sl2",
@@ -180,11 +161,8 @@ def difference(place: str, found: Any) -> str | None:
 
 def differences() -> dict[str, str]:
     """How the installed Ultralytics differs, by symbol; those that older versions lack may be missing."""
-    found = {symbol.place: find(symbol.place) for symbol in CONTRACT}
-    optional = {symbol.place for symbol in CONTRACT if symbol.versions != ALL_VERSIONS}
-    texts = {
-        place: difference(place, value) for place, value in found.items() if value is not None or place not in optional
-    }
+    found = [(symbol, find(symbol.place)) for symbol in CONTRACT]
+    texts = {s.place: difference(s.place, o) for s, o in found if o is not None or s.versions == ALL_VERSIONS}
     return {place: text for place, text in texts.items() if text}
 
 

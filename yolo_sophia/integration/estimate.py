@@ -7,12 +7,14 @@ not on how the trainer scales its loss, calls `backward()`, compiles the model o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from yolo_sophia.curvature import Estimator, Hutchinson
+from yolo_sophia.integration.binding import Binding
 from yolo_sophia.integration.criteria import CriterionRecorder, measured_images_exponent
 from yolo_sophia.integration.subsample import loss_of_part
 from yolo_sophia.integration.window import all_finite
@@ -131,24 +133,17 @@ class LossProbe:
 
     def __init__(self, model: nn.Module):
         self.seen = False
-        self._model = model
-        self._loss = vars(model).get("loss")
-        self._hook = model.register_forward_pre_hook(self._note_forward)
-        original = model.loss
+        self._binding = Binding(model, "loss", self._loss)
+        self._hook = model.register_forward_pre_hook(self._before_forward)
 
-        def loss(*args: Any, **kwargs: Any) -> Any:
-            self.seen = True
-            return original(*args, **kwargs)
+    def _loss(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        self.seen = True
+        return original(*args, **kwargs)
 
-        model.loss = loss
-
-    def _note_forward(self, _: nn.Module, args: tuple) -> None:
+    def _before_forward(self, _: nn.Module, args: tuple) -> None:
         self.seen |= bool(args) and isinstance(args[0], dict)
 
     def remove(self) -> None:
         """Take the hook and the wrapper off the model."""
         self._hook.remove()
-        if self._loss is None:
-            vars(self._model).pop("loss", None)
-        else:
-            vars(self._model)["loss"] = self._loss
+        self._binding.release()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -65,47 +65,36 @@ class Record:
         return Record(preset, found)
 
 
-def words_of(tokens: Iterable[str]) -> frozenset[str]:
-    """Names of the arguments on a command line of `yolo`, in the forms that Ultralytics accepts."""
-    return frozenset(token.removeprefix("--").rstrip(",").partition("=")[0] for token in tokens)
-
-
 @contextmanager
-def command_line(tokens: Iterable[str]) -> Iterator[None]:
-    """While it runs, trainings are started by this command line.
+def _in_effect(variable: ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def command_line(tokens: Iterable[str]) -> AbstractContextManager[None]:
+    """While it runs, trainings are started by this command line of `yolo`.
 
     Raises:
         SyntaxError: It sets the record.
     """
-    words = words_of(tokens)
+    words = frozenset(token.removeprefix("--").rstrip(",").partition("=")[0] for token in tokens)
     if MARKER in words and CHILD not in os.environ:
         raise SyntaxError(f"'{MARKER}' is not a valid YOLO argument: yolo-sophia writes it. Remove it.")
-    token = _COMMAND_LINE.set(words)
-    try:
-        yield
-    finally:
-        _COMMAND_LINE.reset(token)
+    return _in_effect(_COMMAND_LINE, words)
 
 
-@contextmanager
-def keyword_arguments(given: Mapping[str, Any]) -> Iterator[None]:
+def keyword_arguments(given: Mapping[str, Any]) -> AbstractContextManager[None]:
     """While it runs, trainings are started by `Model.train` with these keyword arguments."""
     words, line = frozenset(given), _COMMAND_LINE.get()
-    token = _WORDS.set(words if line is None else words & line)
-    try:
-        yield
-    finally:
-        _WORDS.reset(token)
+    return _in_effect(_WORDS, words if line is None else words & line)
 
 
-@contextmanager
-def configuration(cfg: Any) -> Iterator[None]:
+def configuration(cfg: Any) -> AbstractContextManager[None]:
     """While it runs, a trainer is made with this `cfg`; None stands for Ultralytics' defaults."""
-    token = _CFG.set(cfg)
-    try:
-        yield
-    finally:
-        _CFG.reset(token)
+    return _in_effect(_CFG, cfg)
 
 
 def explicit_keys(args: Mapping[str, Any], overrides: Mapping[str, Any], record: Record | None) -> set[str]:
@@ -131,7 +120,7 @@ def explicit_keys(args: Mapping[str, Any], overrides: Mapping[str, Any], record:
     return given | changed
 
 
-def indistinct(keys: Iterable[str], args: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def ambiguous(keys: Iterable[str], args: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a file, or of a copy of all arguments, that equal Ultralytics' defaults: perhaps meant, perhaps not.
 
     Args:

@@ -1,13 +1,13 @@
-"""Any optimizer by its dotted path: `optimizer=pytorch_optimizer.Lion optimizer_args="{'betas': [0.95, 0.98]}"`.
+"""Any optimizer by its import path: `optimizer=pytorch_optimizer.Lion optimizer_args="{'betas': [0.95, 0.98]}"`.
 
-The rule: what is typed is used or refused. Only the module that the user named is imported, a keyword that the
-constructor does not name is an error even where it would be swallowed, and Ultralytics' defaults for SGD do not reach
-it: without a typed lr0 the optimizer's own default learning rate is used, and biases warm up from 0.
+An argument is used or refused: a keyword that the constructor does not name is an error, even where it accepts any.
+Ultralytics' defaults are meant for SGD, so without an explicit lr0 the optimizer's own default is used.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -16,12 +16,12 @@ from yolo_sophia.options import suggestion
 ARGUMENTS = "optimizer_args"
 SHARED = ("bn_momentum", "head_lr_factor")
 OWN = (ARGUMENTS, *SHARED)
-"""Our arguments that a run with any optimizer by its dotted path takes."""
+"""Our arguments that a run with an external optimizer takes."""
 RESERVED = {"self", "params", "lr"}
 """Not to be given in `optimizer_args`: lr is Ultralytics' lr0."""
 
 
-def is_dotted(name: object) -> bool:
+def is_path(name: object) -> bool:
     """Whether an optimizer's name is a dotted path."""
     parts = str(name).split(".")
     return len(parts) > 1 and all(part.isidentifier() for part in parts)
@@ -66,6 +66,10 @@ def _shown(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def _parameters(path: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(load_class(path).__init__).parameters
+
+
 def check_arguments(path: str, given: Any) -> dict[str, Any]:
     """Check `optimizer_args` against the constructor of the class at the path; returns them as a dictionary.
 
@@ -77,11 +81,8 @@ def check_arguments(path: str, given: Any) -> dict[str, Any]:
         return {}
     if not isinstance(given, dict):
         raise TypeError(f"'{ARGUMENTS}={given}' is of invalid type {type(given).__name__}; expected a mapping.")
-    known = [
-        name
-        for name, parameter in inspect.signature(load_class(path).__init__).parameters.items()
-        if name not in RESERVED and parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}
-    ]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = [name for name, p in _parameters(path).items() if name not in RESERVED and p.kind in named]
     for key in given:
         if key == "lr":
             raise ValueError(f"{ARGUMENTS} has lr; give it as lr0.")
@@ -90,49 +91,43 @@ def check_arguments(path: str, given: Any) -> dict[str, Any]:
     return dict(given)
 
 
-def settle_dotted(args: Any, typed: set[str]) -> None:
-    """Bring the arguments of a run with a dotted optimizer into their final form, in place.
+def finalize_external(args: Any, explicit: set[str]) -> None:
+    """Finalize the arguments of a run with an external optimizer, in place.
+
+    The optimizer is built once over a single weight, so that its own errors appear before a file is written.
 
     Args:
         args: Namespace of all arguments.
-        typed: Keys that the user typed.
+        explicit: Names of the explicit arguments.
 
     Raises:
         TypeError: As `check_arguments`.
-        ValueError: As `load_class` and `check_arguments`.
-    """
-    given = check_arguments(args.optimizer, getattr(args, ARGUMENTS, None))
-    setattr(args, ARGUMENTS, given or None)
-    if "lr0" not in typed:
-        default = inspect.signature(load_class(args.optimizer).__init__).parameters.get("lr")
-        if default is None or not isinstance(default.default, (int, float)):
-            raise ValueError(f"optimizer={args.optimizer} has no default learning rate: say lr0=...")
-        args.lr0 = float(default.default)
-    if "warmup_bias_lr" not in typed:
-        args.warmup_bias_lr = 0.0
-    momentum = inspect.signature(load_class(args.optimizer).__init__).parameters.get("momentum")
-    if momentum is not None and ("momentum" in given or "momentum" not in typed):
-        # Ultralytics' warm-up writes args.momentum into every group that has one.
-        args.momentum = args.warmup_momentum = given.get("momentum", momentum.default)
-    _try(args, given)
-
-
-def _try(args: Any, given: dict[str, Any]) -> None:
-    """Build the optimizer once over a single weight: what its constructor refuses is refused before a file is written.
-
-    Raises:
-        ValueError: It does.
+        ValueError: As `load_class` and `check_arguments`; or the constructor refuses the arguments.
     """
     import torch
 
+    path = args.optimizer
+    given = check_arguments(path, getattr(args, ARGUMENTS, None))
+    setattr(args, ARGUMENTS, given or None)
+    parameters = _parameters(path)
+    if "lr0" not in explicit:
+        default = parameters["lr"].default if "lr" in parameters else None
+        if not isinstance(default, (int, float)):
+            raise ValueError(f"optimizer={path} has no default learning rate: say lr0=...")
+        args.lr0 = float(default)
+    if "warmup_bias_lr" not in explicit:
+        args.warmup_bias_lr = 0.0
+    if "momentum" in parameters and ("momentum" in given or "momentum" not in explicit):
+        # Ultralytics' warm-up writes args.momentum into every group that has one.
+        args.momentum = args.warmup_momentum = given.get("momentum", parameters["momentum"].default)
     group = {"params": [torch.nn.Parameter(torch.zeros(1, 1))], "weight_decay": 0.0}
     try:
-        load_class(args.optimizer)([group], lr=args.lr0, **given)
+        load_class(path)([group], lr=args.lr0, **given)
     except Exception as error:
-        raise ValueError(f"optimizer={args.optimizer} does not take {given}: {_shown(error)}.") from None
+        raise ValueError(f"optimizer={path} does not take {given}: {_shown(error)}.") from None
 
 
-def build_dotted(trainer: Any, groups: list[dict[str, Any]], call: dict[str, Any]) -> Any:
+def build_external(trainer: Any, groups: list[dict[str, Any]], call: dict[str, Any]) -> Any:
     """Build the optimizer over Ultralytics' parameter groups.
 
     Args:
@@ -142,9 +137,9 @@ def build_dotted(trainer: Any, groups: list[dict[str, Any]], call: dict[str, Any
     """
     path = str(call["name"])
     given = check_arguments(path, getattr(trainer.args, ARGUMENTS, None))
-    if "weight_decay" in given:  # typed for this optimizer: it replaces Ultralytics' own in the group that decays
+    if "weight_decay" in given:  # replaces Ultralytics' own in the group that decays
         for group in groups:
             group["weight_decay"] = given["weight_decay"] if group["weight_decay"] else 0.0
-    if "momentum" in inspect.signature(load_class(path).__init__).parameters:
+    if "momentum" in _parameters(path):
         given["momentum"] = trainer.args.momentum
     return load_class(path)(groups, lr=call["lr"], **given)

@@ -81,8 +81,7 @@ class PatchSet:
         original = owner.__dict__.get(name)
         if self._is_ours(original):
             return True
-        place = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__name__}"
-        if problem := difference(f"{place}.{name}", original):
+        if problem := difference(f"{place_of(owner)}.{name}", original):
             self.add_problem(problem)
             return False
         made, generation = make(original), self.generation
@@ -174,6 +173,11 @@ class PatchSet:
                         setattr(module, key, entry.original)
             self.remove_keys()
             self._forget()
+
+
+def place_of(owner: Any) -> str:
+    """The dotted name of a module or class."""
+    return owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__name__}"
 
 
 def _execution_of(module_name: str) -> tuple[Any, Any]:

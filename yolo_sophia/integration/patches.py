@@ -13,7 +13,7 @@ from types import ModuleType
 from yolo_sophia import options
 from yolo_sophia.integration import arguments, explicit
 from yolo_sophia.integration.children import children_know_us, require_ray_workers
-from yolo_sophia.integration.external_optimizer import OWN, is_dotted
+from yolo_sophia.integration.external_optimizer import OWN, is_path
 from yolo_sophia.integration.patch_set import PatchSet
 
 
@@ -25,7 +25,7 @@ def _keys_for(optimizer: object) -> tuple[str, ...]:
     """
     if optimizer is None:
         return ()
-    if is_dotted(optimizer):
+    if is_path(optimizer):
         return OWN
     return arguments.OUR_KEYS if arguments.canonical_optimizer(optimizer) else ()
 
@@ -69,7 +69,7 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
             call.apply_defaults()
             name = call.arguments["name"]
             ours = arguments.canonical_optimizer(name) is not None
-            if not ours and not is_dotted(name):
+            if not ours and not is_path(name):
                 return original(self, *args, **kwargs)
             patches.require_supported(_keys_for(name))  # again: it may be check_resume that does not fit
             from yolo_sophia.integration.build import build_other, build_sophia
@@ -170,7 +170,7 @@ def _patch_tuner(patches: PatchSet, module: ModuleType) -> None:
         def wrapper(self, args, *rest, **kwargs):
             asked = args.get("optimizer", "auto")
             name = arguments.canonical_optimizer(asked)
-            theirs = set(OWN) if is_dotted(asked) else set()
+            theirs = set(OWN) if is_path(asked) else set()
             space = args.get("space") or {}
             given = {**args, **dict.fromkeys(space, 0)}
             if name is None:
@@ -224,8 +224,3 @@ PATCHES = PatchSet(
         "ultralytics.engine.tuner": _patch_tuner,
     }
 )
-
-
-def added_keys() -> set[str]:
-    """The keys that this package added to Ultralytics' configuration: not those that Ultralytics has itself."""
-    return PATCHES.added_keys()

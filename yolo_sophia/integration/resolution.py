@@ -8,7 +8,6 @@ is.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from yolo_sophia.atomic import replacing
 from yolo_sophia.integration import ultralytics_yaml
 from yolo_sophia.integration.arguments import (
     KNOWN_KEYS,
@@ -32,7 +32,7 @@ from yolo_sophia.integration.arguments import (
 from yolo_sophia.integration.auto_lr import rate_for
 from yolo_sophia.integration.auto_preset import CANDIDATES, choose_preset, optimizer_steps
 from yolo_sophia.integration.explicit import MARKER, Record
-from yolo_sophia.integration.external_optimizer import is_dotted
+from yolo_sophia.integration.external_optimizer import is_path
 from yolo_sophia.integration.measure import read_data
 from yolo_sophia.integration.provenance import starts_from_weights, weight_names
 from yolo_sophia.options import ALL, AUTO, HUTCHINSON, OPTIONS, ULTRALYTICS_ARGS, suggestion
@@ -94,7 +94,7 @@ def resolve(arguments: Mapping[str, Any], explicit: Iterable[str], facts: Facts 
     record, reasons = Record.of(arguments, KNOWN_KEYS), []
     explicit = {key for key in (record.keys if record else explicit) if key in ALL}
     if record and record.preset:
-        preset = known_or_bare(record.preset)
+        preset = _preset_of_record(record.preset)
         base, source_of_base = {key: arguments[key] for key in ALL if key in arguments}, "recorded"
     else:
         name = AUTO if arguments.get("sophia") is None else str(arguments["sophia"])
@@ -108,10 +108,8 @@ def resolve(arguments: Mapping[str, Any], explicit: Iterable[str], facts: Facts 
             reasons.append(f"lr0={base['lr0']} {why}")
     optimizer = canonical_optimizer(arguments.get("optimizer")) or OPTIMIZERS[0]
     given = {key: arguments[key] for key in explicit}
-    if (
-        "clip_fraction" in given and "rho" not in given
-    ):  # it has no meaning under a fixed rho, which the preset may have
-        given["rho"] = AUTO
+    if "clip_fraction" in given:
+        given.setdefault("rho", AUTO)  # it has no meaning under a fixed rho, which the preset may have
     implied = {"hessian_estimator": HUTCHINSON} if optimizer == "SophiaH" else {}
     defaults = {key: option.default for key, option in OPTIONS.items() if key in base or preset.name != AUTO}
     layers = (("explicit", given), ("optimizer", implied), (source_of_base, base), ("default", defaults))
@@ -134,8 +132,8 @@ def _common_preset() -> Preset:
     return Preset(AUTO, first.status, "", agreed, first.origins)
 
 
-def known_or_bare(name: str) -> Preset:
-    """The preset of a decided run; one without settings where its file is gone, since the record has every value."""
+def _preset_of_record(name: str) -> Preset:
+    """The preset of a decided run; without settings if its file is gone: the arguments have every value."""
     try:
         return load_preset(name)
     except ValueError:
@@ -251,9 +249,8 @@ def save_arguments(trainer: Any) -> None:
     path = Path(trainer.save_dir) / "args.yaml"
     if RANK not in {-1, 0} or not path.is_file():
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    ultralytics_yaml.save(partial, vars(trainer.args))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        ultralytics_yaml.save(partial, vars(trainer.args))
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.run.config.update({key: getattr(trainer.args, key) for key in ALL}, allow_val_change=True)
@@ -290,7 +287,7 @@ def validate_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(given)
     shown = given.get("optimizer", "auto")
     name = canonical_optimizer(shown)
-    if name is None and not is_dotted(shown):
+    if name is None and not is_path(shown):
         if str(shown).lower() not in {x.lower() for x in ULTRALYTICS_OPTIMIZERS}:
             known = (*OPTIMIZERS, *ULTRALYTICS_OPTIMIZERS)
             raise ValueError(

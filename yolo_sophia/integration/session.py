@@ -25,6 +25,7 @@ from ultralytics.utils import LOGGER, RANK
 
 from yolo_sophia.curvature import Estimator, Hutchinson
 from yolo_sophia.curvature.noise import noise_seed
+from yolo_sophia.integration.binding import Binding
 from yolo_sophia.integration.checkpoints import final_eval_atomically, save_atomically
 from yolo_sophia.integration.estimate import EstimatePass, LossProbe, not_finite
 from yolo_sophia.integration.modules import is_compiled, unwrap
@@ -36,49 +37,6 @@ from yolo_sophia.optim._schedule import HessianSchedule, is_report_due
 
 STEPS_WITHOUT_BATCH = 3
 """Steps without a batch in `preprocess_batch` before it is an error."""
-
-
-class Binding:
-    """A method of an object that is wrapped on the instance.
-
-    Args:
-        owner: The object.
-        name: Name of the method.
-        replacement: Called with the original method and the arguments of a call.
-    """
-
-    def __init__(self, owner: Any, name: str, replacement: Callable):
-        self.owner, self.name, self.replacement = owner, name, replacement
-        self._running = False
-        self.bind()
-
-    def bind(self) -> None:
-        """Wrap the method, unless it is wrapped: once more where somebody has replaced the wrapper."""
-        original = getattr(self.owner, self.name)
-        if original is getattr(self, "_wrapper", None):
-            return
-        self._own = vars(self.owner).get(self.name)
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if self._running or self.replacement is None:  # inside a replacement that calls an earlier wrapper
-                return original(*args, **kwargs)
-            self._running = True
-            try:
-                return self.replacement(original, *args, **kwargs)
-            finally:
-                self._running = False
-
-        self._wrapper = wrapper
-        setattr(self.owner, self.name, wrapper)
-
-    def release(self) -> None:
-        """Restore the method."""
-        self.replacement = None
-        if vars(self.owner).get(self.name) is self._wrapper:
-            if self._own is None:
-                del vars(self.owner)[self.name]
-            else:
-                setattr(self.owner, self.name, self._own)
 
 
 class Session:

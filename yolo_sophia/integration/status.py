@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
 
 from yolo_sophia import autoload
 from yolo_sophia.integration import contract
-from yolo_sophia.integration.patch_set import SUPPORTED
+from yolo_sophia.integration.patch_set import SUPPORTED, place_of
 from yolo_sophia.integration.patches import PATCHES
 
 
@@ -23,7 +22,7 @@ def patch_report() -> tuple[list[str], list[str]]:
     for name in autoload.TARGETS:
         import_module(name)
         PATCHES.patch(name)
-    replaced = {f"{_place(entry.owner)}.{entry.name}" for entry in PATCHES.replaced}
+    replaced = {f"{place_of(entry.owner)}.{entry.name}" for entry in PATCHES.replaced}
     differences = contract.differences()
     lines = [f"supported: {SUPPORTED}", f"patches{' (as install() would apply them)' if by_hand else ''}:"]
     lines.append(f"  arguments added: {', '.join(sorted(PATCHES.added_keys()))}")
@@ -39,9 +38,3 @@ def patch_report() -> tuple[list[str], list[str]]:
     if by_hand:
         PATCHES.restore()
     return lines, problems
-
-
-def _place(owner: object) -> str:
-    if isinstance(owner, ModuleType):
-        return owner.__name__
-    return f"{owner.__module__}.{owner.__name__}"

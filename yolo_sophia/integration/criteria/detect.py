@@ -20,18 +20,11 @@ from torch import Tensor
 
 from yolo_sophia.curvature import Bernoulli, Laplace, LossTerm, Quadratic
 from yolo_sophia.curvature.losses import distribution_focal_loss
+from yolo_sophia.integration.contract import BOX_ARGUMENTS
 from yolo_sophia.integration.criteria.psd_hessian import quadratic, wide
 from yolo_sophia.integration.criteria.recorder import Call, Recorder
 
-_BBOX_LOSS_ARGUMENTS = (
-    "pred_dist",
-    "pred_bboxes",
-    "anchor_points",
-    "target_bboxes",
-    "target_scores",
-    "target_scores_sum",
-    "fg_mask",
-)
+_BBOX_LOSS_ARGUMENTS = tuple(BOX_ARGUMENTS.split())
 
 
 class DetectionRecorder(Recorder):

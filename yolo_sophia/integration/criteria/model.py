@@ -13,6 +13,7 @@ from yolo_sophia.curvature import Gaussian, LossTerm, SignRandomised, sign_rando
 from yolo_sophia.curvature.losses import FUNCTIONS
 from yolo_sophia.integration.criteria.psd_hessian import wide
 from yolo_sophia.integration.criteria.recorder import Call, Recorder
+from yolo_sophia.integration.modules import head_of
 
 
 class FunctionalLossRecorder(Recorder):
@@ -87,7 +88,7 @@ class HeadRecorder(Recorder):
     def start(self) -> None:
         """Record the loss and the last layer."""
         super().start()
-        head = last_layer(self.owner)
+        head = head_of(self.owner)
         if head is not None:
             self._hooks = [
                 # Before the layer runs: that of Ultralytics 8.3 writes its outputs into the list of its inputs.
@@ -133,13 +134,6 @@ def signed_terms(outputs: list[Tensor], loss: Tensor) -> list[SignRandomised]:
 def gradient_scale(outputs: list[Tensor]) -> float:
     """Factor for a loss, so that its gradients do not underflow in half precision."""
     return 1024.0 if any(x.dtype == torch.float16 for x in outputs) else 1.0
-
-
-def last_layer(model: nn.Module) -> nn.Module | None:
-    """The last module in the list of an Ultralytics model, or of a distillation's student; None without a list."""
-    layers = getattr(getattr(model, "student_model", model), "model", None)
-    is_list = isinstance(layers, (nn.Sequential, nn.ModuleList))
-    return layers[-1] if is_list and len(layers) else None
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
