@@ -1,4 +1,4 @@
-"""`yolo-sophia status --check`: what it says of the installed Ultralytics, and of one that does not fit."""
+"""`yolo-sophia status --check` with the installed Ultralytics, and with one that does not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from yolo_sophia.integration import smoke_test as tried
+from yolo_sophia.integration import smoke_test
 from yolo_sophia.integration.smoke_test import QUESTIONS, Answer, NotRunError
 
 MOVED = """
@@ -61,19 +61,19 @@ def test_a_changed_function_is_named(python, tmp_path):
 
 def answers_of(monkeypatch, child) -> list[Answer]:
     monkeypatch.setattr(subprocess, "run", child)
-    return tried.check()
+    return smoke_test.check()
 
 
-def test_a_process_that_dies_says_what_it_said_last(monkeypatch):
+def test_a_process_that_dies_is_reported_with_its_last_output(monkeypatch):
     def child(command, **_):
-        with open(f"{command[-1]}/{tried.ANSWERS}", "w") as file:
+        with open(f"{command[-1]}/{smoke_test.ANSWERS}", "w") as file:
             file.write('{"question": "patches", "result": "ok", "found": "x"}\n')
         return SimpleNamespace(returncode=-11, stdout=b"a line\nthe last one\n")
 
     patches, training, *others = answers_of(monkeypatch, child)
     assert patches.result == "ok"
     assert (training.question, training.result) == ("training", "failed")
-    assert training.found == "the process ended with exit code -11; it said last: the last one"
+    assert training.found == "the process ended with exit code -11; its last output: the last one"
     assert {answer.result for answer in others} == {"not run"} and len(others) == len(QUESTIONS) - 2
 
 
@@ -82,7 +82,7 @@ def test_a_process_that_hangs_is_stopped(monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     first, *_ = answers_of(monkeypatch, child)
-    assert first.found == f"the process was stopped after {tried.TIMEOUT} s; it said last: nothing"
+    assert first.found == f"the process was stopped after {smoke_test.TIMEOUT} s; its last output: nothing"
 
 
 def trainer_with(updates: int, hessian: float) -> SimpleNamespace:
@@ -94,16 +94,16 @@ def trainer_with(updates: int, hessian: float) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("updates", "hessian", "said", "expected"),
+    ("updates", "hessian", "log", "expected"),
     [
         (0, 1.0, [], "found 0 Hessian updates, 0 dropped, expected 4 and none"),
         (4, 0.0, [], "found 1 of 1 tensors have a momentum and no curvature, expected none"),
         (4, 1.0, ["the likelihood of X is not known here"], "expected the detection loss to be known"),
     ],
 )
-def test_a_training_without_curvature_fails(updates, hessian, said, expected, tmp_path):
-    trials = tried.Trials(tmp_path)
-    trials.interrupted, trials.said = trainer_with(updates, hessian), said
+def test_a_training_without_curvature_fails(updates, hessian, log, expected, tmp_path):
+    trials = smoke_test.Trials(tmp_path)
+    trials.interrupted, trials.log = trainer_with(updates, hessian), log
     with pytest.raises(ValueError, match=re.escape(expected)):
         QUESTIONS["curvature"](trials)
 
@@ -111,11 +111,11 @@ def test_a_training_without_curvature_fails(updates, hessian, said, expected, tm
 def test_nothing_to_look_at(tmp_path):
     for question in ("curvature", "results.csv", "sophia.png", "resume"):
         with pytest.raises(NotRunError):
-            QUESTIONS[question](tried.Trials(tmp_path))
+            QUESTIONS[question](smoke_test.Trials(tmp_path))
 
 
 def test_missing_columns_and_picture(tmp_path):
-    trials = tried.Trials(tmp_path)
+    trials = smoke_test.Trials(tmp_path)
     trials.interrupted = SimpleNamespace(save_dir=tmp_path)
     (tmp_path / "results.csv").write_text("epoch,time\n1,2\n")
     with pytest.raises(ValueError, match=r"found columns \[\], expected"):
