@@ -1,4 +1,4 @@
-"""Any optimizer by its import path under Ultralytics: an argument is used or refused."""
+"""Any optimizer by its dotted path under Ultralytics: an argument is used or refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from yolo_sophia.integration import external_optimizer
-from yolo_sophia.integration.arguments import canonical_optimizer, finalize, refuse_for_others
+from yolo_sophia.integration.arguments import OUR_KEYS, canonical_optimizer, finalize, refuse_for_others
 
 pytestmark = pytest.mark.compat
 
@@ -160,3 +160,16 @@ def test_arguments_for_any_dotted_optimizer_are_refused_with_the_way_to_use_them
         with pytest.raises(ValueError, match=r"are arguments of optimizer=SophiaG, .*optimizer=AdamW") as caught:
             refuse_for_others(keys, "AdamW")
         assert ("given by a dotted path, as torch.optim.AdamW, take them too" in str(caught.value)) == hint
+
+
+def test_arguments_of_a_sophia_run_go_to_an_external_optimizer():
+    """As of `cfg=runs/.../args.yaml optimizer=torch.optim.AdamW optimizer_args=... head_lr_factor=2`."""
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    given = {"optimizer": "torch.optim.AdamW", "optimizer_args": {"eps": 1e-6}, "head_lr_factor": 2.0}
+    recorded = {"sophia_typed": "detect-finetune:lr0", "rho": 0.5, "bn_momentum": 0.1, "momentum": 0.6, "lr0": 0.002}
+    args = argparse.Namespace(**{**DEFAULT_CFG_DICT, **recorded, **given})
+    finalize(args, given)
+    kept = {key: value for key, value in vars(args).items() if key in OUR_KEYS}
+    assert kept == {"optimizer_args": {"eps": 1e-6}, "head_lr_factor": 2.0}
+    assert args.lr0 == 0.002

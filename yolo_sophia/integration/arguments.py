@@ -42,7 +42,7 @@ def known_arguments() -> set[str]:
 
 
 def canonical_optimizer(name: object) -> str | None:
-    """Our spelling of an optimizer's name, or None where it is not ours or a dotted path.
+    """Our spelling of an optimizer's name, or None where it is not ours.
 
     Raises:
         ValueError: It looks like a misspelling of ours.
@@ -124,9 +124,7 @@ def set_explicit(args: dict[str, Any], given: Mapping[str, Any]) -> set[str]:
     explicit = {key for key in explicit & set(ALL) if args[key] != implied.get(key)}
     for key in explicit:
         args[key] = ALL[key].check(args[key])
-    values = {key: args[key] for key in explicit} | implied
-    for exclusive in (("clip_fraction", "rho"), ("hessian_estimator",)):
-        check_together({key: values[key] for key in exclusive if key in values}, explicit, args["optimizer"])
+    check_together({key: args[key] for key in explicit}, explicit, args["optimizer"])
     args[MARKER] = str(Record(record.preset if is_decided else "", frozenset(explicit)))
     return explicit
 
@@ -193,43 +191,48 @@ def _warn_of_ambiguous(values: Mapping[str, Any]) -> None:
 
 
 def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> None:
-    """The run has another optimizer: refuse or remove our arguments, but for those that external optimizers share."""
-    is_external = external_optimizer.is_path(args.optimizer)
-    theirs = set(external_optimizer.OWN) if is_external else set()
+    """Finalize a run with another optimizer: only external ones keep arguments of ours."""
     record = Record.of(vars(args), KNOWN_KEYS)
     explicit = explicit_keys(vars(args), overrides, record)
-    if record is not None:
-        drop_record(vars(args), record, explicit, ours)
-    elif not args.resume:
-        refuse_for_others(explicit & (ours - theirs), args.optimizer)
-    for key in ours - theirs:
-        vars(args).pop(key, None)
-    if is_external and not args.resume:  # a resumed run has its own final arguments
+    if args.resume:  # the final arguments of the run that wrote the checkpoint
+        for key in ours - set(own_of(args.optimizer)):
+            vars(args).pop(key, None)
+        return
+    remove_for_other(vars(args), record, explicit, ours)
+    if external_optimizer.is_path(args.optimizer):
         external_optimizer.finalize_external(args, explicit)
-        for key in external_optimizer.SHARED:
-            if key in explicit:
-                ALL[key].check(getattr(args, key))
-            else:
-                vars(args).pop(key, None)
+        for key in explicit.intersection(external_optimizer.SHARED):
+            ALL[key].check(getattr(args, key))
 
 
-def drop_record(
-    arguments: dict[str, Any], record: Record, explicit: Iterable[str], ours: Iterable[str] = OUR_KEYS
-) -> None:
-    """Remove what an earlier Sophia run decided, in place: its arguments were passed on to another optimizer.
+def own_of(optimizer: object) -> tuple[str, ...]:
+    """Our arguments that a run with another optimizer takes."""
+    return external_optimizer.OWN if external_optimizer.is_path(optimizer) else ()
+
+
+def remove_for_other(arguments: dict[str, Any], record: Record | None, explicit: set[str], ours: set[str]) -> None:
+    """Remove our arguments from those of a run with another optimizer, in place.
+
+    With a record they are those of an earlier Sophia run, and what that run decided is removed too.
 
     Args:
         arguments: All arguments of the run.
         record: The record in them.
-        explicit: Names of the explicit arguments, which stay.
+        explicit: Names of the explicit arguments.
         ours: As in `finalize`.
+
+    Raises:
+        ValueError: There is no record, and the optimizer does not take an explicit argument.
     """
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    if record.preset:
-        for key in ULTRALYTICS_ARGS.keys() - set(explicit):
-            arguments[key] = DEFAULT_CFG_DICT[key]
-    for key in ours:
+    optimizer = arguments.get("optimizer", "auto")
+    own = set(own_of(optimizer))
+    if record is None:
+        refuse_for_others(explicit & (ours - own), optimizer)
+    elif record.preset:
+        arguments.update({key: DEFAULT_CFG_DICT[key] for key in ULTRALYTICS_ARGS.keys() - explicit})
+    for key in ours - (own & explicit):
         arguments.pop(key, None)
 
 

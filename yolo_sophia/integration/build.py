@@ -40,25 +40,25 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
     name = canonical_optimizer(call["name"])
     call = {**call, "name": name}
     resolved = decide(trainer, call)
-    knobs = resolved.values
-    schedule = {key: knobs[key] for key in ("hessian_interval", "hessian_warmup", "hessian_fraction")}
+    values = resolved.values
+    schedule = {key: values[key] for key in ("hessian_interval", "hessian_warmup", "hessian_fraction")}
     groups = parameter_groups(
-        original, call, name, head_factor(trainer, call, knobs["head_lr_factor"], name), **schedule, **COUNTERS
+        original, call, name, head_factor(trainer, call, values["head_lr_factor"], name), **schedule, **COUNTERS
     )
     save_arguments(trainer)
     settings = dict(
         lr=call["lr"],
-        betas=(call["momentum"], knobs["beta2"]),
-        rho=knobs["rho"],
-        clip_fraction=knobs["clip_fraction"] if knobs["rho"] == "auto" else None,
+        betas=(call["momentum"], values["beta2"]),
+        rho=values["rho"],
+        clip_fraction=values["clip_fraction"] if values["rho"] == "auto" else None,
         weight_decay=0.0,
         bias_correction=True,
-        cautious=knobs["cautious"],
-        hessian_power=knobs["hessian_power"],
-        hessian_average=None if knobs["hessian_average"] == "element" else knobs["hessian_average"],
+        cautious=values["cautious"],
+        hessian_power=values["hessian_power"],
+        hessian_average=None if values["hessian_average"] == "element" else values["hessian_average"],
     )
     if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves
-        set_bn_momentum(trainer.model, knobs["bn_momentum"])
+        set_bn_momentum(trainer.model, values["bn_momentum"])
     if RANK in {-1, 0}:
         if resolved.reason:
             LOGGER.info(f"{colorstr('Sophia:')} preset '{resolved.preset.name}', {resolved.reason}")
@@ -69,7 +69,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         trainer._sophia = Session(trainer, optimizer, Hutchinson())
     else:
         optimizer = SophiaG(groups, **settings)
-        trainer._sophia = Session(trainer, optimizer, ESTIMATORS[knobs["hessian_estimator"]]())
+        trainer._sophia = Session(trainer, optimizer, ESTIMATORS[values["hessian_estimator"]]())
     return optimizer
 
 
@@ -99,7 +99,7 @@ def refuse_once_differentiable(trainer: BaseTrainer) -> None:
 
 
 def build_other(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> torch.optim.Optimizer:
-    """Build an optimizer given by a dotted path; arguments as in `build_sophia`."""
+    """Build an external optimizer; arguments as in `build_sophia`."""
     if getattr(trainer.args, "bn_momentum", None) is not None:
         set_bn_momentum(trainer.model, trainer.args.bn_momentum)
     factor = head_factor(trainer, call, getattr(trainer.args, "head_lr_factor", None), call["name"])

@@ -1,4 +1,4 @@
-"""Any optimizer by its import path: `optimizer=pytorch_optimizer.Lion optimizer_args="{'betas': [0.95, 0.98]}"`.
+"""Any optimizer by its dotted path: `optimizer=pytorch_optimizer.Lion optimizer_args="{'betas': [0.95, 0.98]}"`.
 
 An argument is used or refused: a keyword that the constructor does not name is an error, even where it accepts any.
 Ultralytics' defaults are meant for SGD, so without an explicit lr0 the optimizer's own default is used.
@@ -22,7 +22,7 @@ RESERVED = {"self", "params", "lr"}
 
 
 def is_path(name: object) -> bool:
-    """Whether an optimizer's name is a dotted path."""
+    """Whether an optimizer is given by its dotted path."""
     parts = str(name).split(".")
     return len(parts) > 1 and all(part.isidentifier() for part in parts)
 

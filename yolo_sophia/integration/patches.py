@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 from yolo_sophia import options
 from yolo_sophia.integration import arguments, explicit
 from yolo_sophia.integration.children import children_know_us, require_ray_workers
-from yolo_sophia.integration.external_optimizer import OWN, is_path
+from yolo_sophia.integration.external_optimizer import is_path
 from yolo_sophia.integration.patch_set import PatchSet
 
 
@@ -25,9 +26,25 @@ def _keys_for(optimizer: object) -> tuple[str, ...]:
     """
     if optimizer is None:
         return ()
-    if is_path(optimizer):
-        return OWN
-    return arguments.OUR_KEYS if arguments.canonical_optimizer(optimizer) else ()
+    return arguments.OUR_KEYS if arguments.canonical_optimizer(optimizer) else arguments.own_of(optimizer)
+
+
+def _children_of(optimizer: object) -> AbstractContextManager[None]:
+    return children_know_us() if _keys_for(optimizer) else nullcontext()
+
+
+def _in_checkpoints(name: str) -> Callable[[Callable], Callable]:
+    """Replace by a function of checkpoints.py, which is imported at the first call."""
+
+    def make(original: Callable) -> Callable:
+        def wrapper(*args, **kwargs):
+            from yolo_sophia.integration import checkpoints
+
+            return getattr(checkpoints, name)(original, *args, **kwargs)
+
+        return wrapper
+
+    return make
 
 
 def _patch_utils(patches: PatchSet, module: ModuleType) -> None:
@@ -79,22 +96,6 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
 
         return wrapper
 
-    def convert_optimizer_state_dict_to_fp16(original: Callable) -> Callable:
-        def wrapper(state_dict):
-            from yolo_sophia.integration.checkpoints import convert_others
-
-            return convert_others(original, state_dict)
-
-        return wrapper
-
-    def strip_optimizer(original: Callable) -> Callable:
-        def wrapper(*args, **kwargs):
-            from yolo_sophia.integration.checkpoints import strip_atomically
-
-            return strip_atomically(original, *args, **kwargs)
-
-        return wrapper
-
     def init(original: Callable) -> Callable:
         def wrapper(self, cfg=module.DEFAULT_CFG, *args, **kwargs):
             with explicit.configuration(None if cfg is module.DEFAULT_CFG else cfg):
@@ -119,8 +120,8 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
     if not patches.replace(trainer, "check_resume", check_resume):
         patches.remove_keys()  # nobody would take them out of other runs' args.yaml
     patches.replace(trainer, "build_optimizer", build_optimizer)
-    patches.replace(module, "convert_optimizer_state_dict_to_fp16", convert_optimizer_state_dict_to_fp16)
-    patches.replace(module, "strip_optimizer", strip_optimizer)
+    patches.replace(module, "convert_optimizer_state_dict_to_fp16", _in_checkpoints("convert_others"))
+    patches.replace(module, "strip_optimizer", _in_checkpoints("strip_atomically"))
 
 
 def _patch_model(patches: PatchSet, module: ModuleType) -> None:
@@ -129,9 +130,8 @@ def _patch_model(patches: PatchSet, module: ModuleType) -> None:
             with explicit.keyword_arguments(kwargs):
                 if isinstance(kwargs.get("data"), (list, tuple)):  # MultiTrainer starts a child for each of them
                     kwargs = arguments.recorded_for_children(kwargs, self.overrides)
-                    if _keys_for(kwargs.get("optimizer", self.overrides.get("optimizer"))):
-                        with children_know_us():
-                            return original(self, trainer, **kwargs)
+                    with _children_of(kwargs.get("optimizer", self.overrides.get("optimizer"))):
+                        return original(self, trainer, **kwargs)
                 return original(self, trainer, **kwargs)
 
         return wrapper
@@ -170,23 +170,18 @@ def _patch_tuner(patches: PatchSet, module: ModuleType) -> None:
         def wrapper(self, args, *rest, **kwargs):
             asked = args.get("optimizer", "auto")
             name = arguments.canonical_optimizer(asked)
-            theirs = set(OWN) if is_path(asked) else set()
-            space = args.get("space") or {}
-            given = {**args, **dict.fromkeys(space, 0)}
             if name is None:
                 record = explicit.Record.of(args, arguments.KNOWN_KEYS)
+                given = {**args, **dict.fromkeys(args.get("space") or {}, 0)}
                 found = explicit.explicit_keys(given, given, record)
-                if record is None:
-                    arguments.refuse_for_others(found & (patches.added_keys() - theirs), asked)
-                else:
-                    arguments.drop_record(args, record, found, patches.added_keys())
+                arguments.remove_for_other(args, record, found, patches.added_keys())
             else:
                 patches.require_supported(arguments.OUR_KEYS)
                 args["optimizer"] = name
                 arguments.set_explicit(args, dict(args))  # before Tuner makes its directory
             original(self, args, *rest, **kwargs)
             if name is None:
-                for key in patches.added_keys() - theirs:
+                for key in patches.added_keys() - (found & set(arguments.own_of(asked))):
                     vars(self.args).pop(key, None)
             else:
                 from yolo_sophia.integration.resolution import start_search
@@ -199,9 +194,7 @@ def _patch_tuner(patches: PatchSet, module: ModuleType) -> None:
 
     def call(original: Callable) -> Callable:
         def wrapper(self, *args, **kwargs):
-            if not _keys_for(self.args.optimizer):
-                return original(self, *args, **kwargs)
-            with children_know_us():
+            with _children_of(self.args.optimizer):
                 return original(self, *args, **kwargs)
 
         return wrapper

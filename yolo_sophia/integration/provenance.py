@@ -37,7 +37,7 @@ def note_load(model: nn.Module, weights: Any) -> None:
     """
     source = (weights.get("ema") or weights.get("model")) if isinstance(weights, dict) else weights
     if isinstance(source, nn.Module):
-        _LOADED[model] = _LOADED.get(source, _names(getattr(source, "names", None)))
+        _LOADED[model] = _LOADED.get(source, lower_names(getattr(source, "names", None)))
 
 
 def weight_names(model: nn.Module) -> frozenset[str]:
@@ -45,7 +45,7 @@ def weight_names(model: nn.Module) -> frozenset[str]:
     model = trained_part(model)
     if model in _LOADED:
         return _LOADED[model]
-    return _names(json.loads(os.environ.get(NAMES_VARIABLE, "[]")))
+    return lower_names(json.loads(os.environ.get(NAMES_VARIABLE, "[]")))
 
 
 @contextmanager
@@ -61,9 +61,14 @@ def names_for_workers(model: Any) -> Iterator[None]:
         del os.environ[NAMES_VARIABLE]
 
 
-def _names(names: Any) -> frozenset[str]:
-    values = names.values() if isinstance(names, dict) else names or ()
-    return frozenset(str(name).lower() for name in values)
+def listed_names(names: Any) -> tuple[str, ...]:
+    """Class names that a model or data set holds as a mapping, as a list or not at all."""
+    return tuple(map(str, names.values() if isinstance(names, dict) else names or ()))
+
+
+def lower_names(names: Any) -> frozenset[str]:
+    """The same in lower case."""
+    return frozenset(map(str.lower, listed_names(names)))
 
 
 def starts_from_weights(model: nn.Module) -> bool:

@@ -34,7 +34,7 @@ from yolo_sophia.integration.auto_preset import CANDIDATES, choose_preset, optim
 from yolo_sophia.integration.explicit import MARKER, Record
 from yolo_sophia.integration.external_optimizer import is_path
 from yolo_sophia.integration.measure import read_data
-from yolo_sophia.integration.provenance import starts_from_weights, weight_names
+from yolo_sophia.integration.provenance import listed_names, lower_names, starts_from_weights, weight_names
 from yolo_sophia.options import ALL, AUTO, HUTCHINSON, OPTIONS, ULTRALYTICS_ARGS, suggestion
 from yolo_sophia.presets import Preset, load_preset
 
@@ -107,21 +107,19 @@ def resolve(arguments: Mapping[str, Any], explicit: Iterable[str], facts: Facts 
             base["lr0"], why = rate_for(facts.names, facts.weight_names, bool(arguments.get("single_cls")))
             reasons.append(f"lr0={base['lr0']} {why}")
     optimizer = canonical_optimizer(arguments.get("optimizer")) or OPTIMIZERS[0]
-    given = {key: arguments[key] for key in explicit}
+    implied = {"hessian_estimator": HUTCHINSON} if optimizer == "SophiaH" else {}
+    given = {key: arguments[key] for key in explicit if arguments[key] != implied.get(key)}
     if "clip_fraction" in given:
         given.setdefault("rho", AUTO)  # it has no meaning under a fixed rho, which the preset may have
-    implied = {"hessian_estimator": HUTCHINSON} if optimizer == "SophiaH" else {}
     defaults = {key: option.default for key, option in OPTIONS.items() if key in base or preset.name != AUTO}
     layers = (("explicit", given), ("optimizer", implied), (source_of_base, base), ("default", defaults))
-    if given.get("hessian_estimator") == HUTCHINSON and implied:
-        layers = (("optimizer", implied), *layers)
     values, sources = {}, {}
     for key, option in ALL.items():
         source, layer = next(((s, layer) for s, layer in layers if key in layer), (None, None))
         if layer is not None:  # else Ultralytics' own default stays
             values[key], sources[key] = option.check(layer[key]), source
     check_together(values, explicit, optimizer)
-    kept = Record(preset.name, frozenset(explicit | (given.keys() & {"rho"})))
+    kept = Record(preset.name, frozenset(explicit | given.keys()))
     return Resolved(values | {"sophia": preset.name, MARKER: str(kept)}, sources, preset, ", ".join(reasons))
 
 
@@ -193,7 +191,7 @@ def facts_of(trainer: Any, call: Mapping[str, Any]) -> Facts:
     return Facts(
         from_weights,
         steps=None if trainer.args.time else int(call["iterations"]),
-        names=_listed(data.get("names")),
+        names=listed_names(data.get("names")),
         weight_names=weight_names(call["model"]) if from_weights else frozenset(),
     )
 
@@ -217,7 +215,7 @@ def preview(arguments: Mapping[str, Any], explicit: Iterable[str]) -> Resolved:
     except (ValueError, LookupError, TypeError):
         names = ()
     steps = optimizer_steps(arguments)
-    return resolve(arguments, explicit, Facts(from_weights, steps, _listed(names), known))
+    return resolve(arguments, explicit, Facts(from_weights, steps, listed_names(names), known))
 
 
 @lru_cache(maxsize=16)
@@ -232,11 +230,7 @@ def _start_of(model: str, pretrained: str) -> tuple[bool, frozenset[str]] | None
     except Exception:  # a damaged file, or one of another program, leads to errors of many kinds
         return None
     trained = starts_from_weights(made)
-    return trained, frozenset(map(str.lower, _listed(getattr(made, "names", None)))) if trained else frozenset()
-
-
-def _listed(names: Any) -> tuple[str, ...]:
-    return tuple(map(str, names.values() if isinstance(names, dict) else names or ()))
+    return trained, lower_names(getattr(made, "names", None)) if trained else frozenset()
 
 
 def save_arguments(trainer: Any) -> None:
