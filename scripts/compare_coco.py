@@ -142,5 +142,5 @@ if __name__ == "__main__":
         print(f"compare_coco: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("compare_coco: stopped; the same command goes on from here", file=sys.stderr)
+        print("compare_coco: interrupted; rerun the command to resume", file=sys.stderr)
         sys.exit(130)

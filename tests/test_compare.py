@@ -274,7 +274,7 @@ def test_listed_classes_keep_their_labels(tiny_data, tiny_model, tmp_path):
 
 def test_ctrl_c_is_one_line_and_leaves_the_run_resumable(story):
     err = story.commands["stopped"].err
-    assert err.splitlines()[-1] == "yolo-sophia: stopped; the same command goes on from here"
+    assert err.splitlines()[-1] == "yolo-sophia: interrupted; rerun the command to resume"
     assert [line for line in err.splitlines() if not line.startswith("compare: ")] == err.splitlines()[-1:]
     assert not story.commands["stopped"].out
     assert 1 <= story.cuts["SophiaG-0"] < EPOCHS

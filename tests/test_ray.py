@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_everything_resumable_and_company_is_let_be(cluster, tiny_
     command.send_signal(signal.SIGINT)
     _, err = command.communicate(timeout=60)
     assert command.returncode == 130, err
-    assert "the same command goes on from here" in err and "Traceback" not in err
+    assert "rerun the command to resume" in err and "Traceback" not in err
     assert not any(is_locked(folder) for folder in planned.values())  # no worker is left
     cut = {arm for arm, folder in planned.items() if not (folder / RECEIPT).is_file()}
     assert cut and not any((folder / FAILURE).exists() for folder in planned.values())

@@ -1,8 +1,7 @@
 """How plain `yolo` reaches this package: post-import hooks, set by one `.pth` line at interpreter start.
 
-Nothing but the hooks happens until Ultralytics is imported by other code; torch and ultralytics are not imported from
-here. `YOLO_SOPHIA_AUTOLOAD=0` keeps even the hooks away. `install` and `uninstall` do the same by hand, also in a
-running process (a notebook after `!pip install`) where the `.pth` line has not run.
+Neither torch nor ultralytics is imported from here. `YOLO_SOPHIA_AUTOLOAD=0` disables the `.pth` line; `install` and
+`uninstall` set and remove the hooks by hand, also in a running process.
 """
 
 import os

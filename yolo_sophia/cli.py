@@ -1,7 +1,4 @@
-"""The `yolo-sophia` command: what is installed, what is patched, and which presets and other files there are.
-
-The rule: a user's typo ends in one line on the error stream and exit code 2, never in a traceback.
-"""
+"""The `yolo-sophia` command. An error of its user is one line on the error stream and exit code 2."""
 
 from __future__ import annotations
 
@@ -26,53 +23,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 where `status` found a problem, 2 for wrong usage.
     """
-    parser = _Parser(
-        prog="yolo-sophia",
-        description="Sophia for Ultralytics YOLO. To train: yolo train ... optimizer=SophiaG",
-    )
+    parser = _Parser(prog="yolo-sophia", description="Sophia for Ultralytics YOLO: yolo train ... optimizer=SophiaG")
     parser.add_argument("--version", action="version", version=f"yolo-sophia {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    state = commands.add_parser("status", help="print versions, autoload, patches, and where the optimizer comes from")
-    state.add_argument("--check", action="store_true", help="also train, in half a minute, to see that all of it works")
-    show = commands.add_parser("presets", help="list the presets, or print one: its numbers and their origins")
-    show.add_argument("preset", nargs="?", help="name of a preset or path of a YAML file")
-    place = commands.add_parser("path", help="print where a file that ships with the package lies, or name them all")
-    place.add_argument("name", nargs="?", help="such as data/shapes.yaml: yolo train data=$(yolo-sophia path ...)")
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    def add(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        return command
+
+    found = add("status", lambda a: status(a.check), "print versions, autoload, patches, and the optimizer's file")
+    found.add_argument("--check", action="store_true", help="also train for half a minute, to check that it all works")
+    found = add("presets", lambda a: presets(a.preset), "list the presets, or print one with the origin of each number")
+    found.add_argument("preset", nargs="?", help="name of a preset or path of a YAML file")
+    found = add("path", lambda a: path(a.name), "print the path of a bundled file, or list all")
+    found.add_argument("name", nargs="?", help="such as data/shapes.yaml: yolo train data=$(yolo-sophia path ...)")
+    commands.add_parser("compare", help="compare optimizers on your data")
+    commands.add_parser("tune", help="search an optimizer's settings on your data")
     with contextlib.suppress(AttributeError):  # not every stream has it
         sys.stdout.reconfigure(errors="backslashreplace")  # on Windows it may know few characters
     words = list(sys.argv[1:] if argv is None else argv)
-    compare = commands.add_parser("compare", help="compare optimizers on your data", add_help=False)
-    compare.add_argument("words", nargs="*")
-    tune = commands.add_parser("tune", help="search an optimizer's settings on your data", add_help=False)
-    tune.add_argument("words", nargs="*")
-    if words[:1] in (["compare"], ["tune"]):  # key=value words, in Ultralytics' way: no options of argparse's
+    if words[:1] in (["compare"], ["tune"]):  # key=value words as in Ultralytics, not argparse's options
         return _guarded(_with_words, words[0], words[1:])
     arguments = parser.parse_args(words)
-    if arguments.command is None:
+    if not hasattr(arguments, "run"):
         parser.print_help()
         return 0
-    if arguments.command == "status":
-        return _guarded(status, arguments.check)
-    return _guarded(path, arguments.name) if arguments.command == "path" else _guarded(presets, arguments.preset)
+    return _guarded(arguments.run, arguments)
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others here."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end."""
-        self.exit(2, f"yolo-sophia: {one_line(message)}; yolo-sophia --help says what there is\n")
+        """Print the error and exit."""
+        self.exit(2, f"yolo-sophia: {one_line(message)}; see yolo-sophia --help\n")
 
 
 def _guarded(command: Callable[..., int], *arguments: Any) -> int:
-    """Run a command; an error of the user's is one line, and an interrupt is no error."""
+    """Run a command; a user's error is one line on the error stream, without a traceback."""
     try:
         return command(*arguments)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         print(f"yolo-sophia: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("yolo-sophia: stopped; the same command goes on from here", file=sys.stderr)
+        print("yolo-sophia: interrupted; rerun the command to resume", file=sys.stderr)
         return 130
 
 
@@ -104,7 +100,7 @@ def status(check: bool = False) -> int:
     print(f"autoload: {_autoload_state()}")
     if not versions["ultralytics"]:
         return 1
-    from yolo_sophia.integration import smoke_test as tried
+    from yolo_sophia.integration import smoke_test
     from yolo_sophia.integration.status import patch_report
     from yolo_sophia.presets import preset_directory, preset_names
 
@@ -117,8 +113,8 @@ def status(check: bool = False) -> int:
     failed = False
     if check:
         print("check:", flush=True)
-        answers = tried.check()
-        print(tried.table(answers))
+        answers = smoke_test.check()
+        print(smoke_test.table(answers))
         failed = any(answer.result != "ok" for answer in answers)
     print(f"state: {'optimizer=SophiaG cannot be used' if problems or failed else ready}")
     return 1 if problems or failed else 0

@@ -32,7 +32,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         call: Arguments of the call to it.
 
     Raises:
-        NotImplementedError: SophiaH is asked for where a loss cannot be differentiated twice.
+        NotImplementedError: SophiaH is selected where a loss cannot be differentiated twice.
     """
     previous = vars(trainer).pop("_sophia", None)
     if previous is not None:  # an out-of-memory restart of Ultralytics < 8.4 builds its optimizer again

@@ -1,10 +1,7 @@
 """Atomic checkpoints: whenever a process is killed, a checkpoint has its old or its new content.
 
-Ultralytics writes last.pt, best.pt and epochN.pt in place (`BaseTrainer.save_model`), and removes the optimizer from
-two of them in place at the end (`strip_optimizer` in `BaseTrainer.final_eval`). For a trainer with a Sophia optimizer
-both write into a staging folder beside the checkpoints, and each file is moved to its name in one rename. Staging
-folders are never read. Each has a random name and a lock that its process holds, so several trainings can share a
-folder, and a folder whose lock is free was left by a killed process.
+Files are written into a staging folder beside the checkpoints, which is never read, and each is moved to its name in
+one rename. A staging folder has a lock that its process holds; one with a free lock was left by a killed process.
 """
 
 from __future__ import annotations
@@ -67,12 +64,7 @@ def remove_stale(weights: Path) -> None:
 
 @contextlib.contextmanager
 def _lock_of(folder: Path) -> Iterator[None]:
-    """Hold the lock of a staging folder, a file beside it.
-
-    Raises:
-        filelock.Timeout: Another process or thread holds it.
-        NotImplementedError: The file system has no locks.
-    """
+    """Hold the lock of a staging folder, a file beside it; `filelock.Timeout` if another process or thread holds it."""
     path = folder.with_name(f"{folder.name}.lock")
     with FileLock(path, timeout=0):
         try:

@@ -1,8 +1,6 @@
-"""Child processes of a training know what this package adds, also where no `.pth` line does it at their start.
+"""Child processes of a training (of `tune`, several data sets, several GPUs) set the hooks of this package.
 
-Ultralytics starts children for `tune`, for several data sets and for several GPUs. Where this process was patched by
-`install()`, their interpreters have no active `.pth` line: the package is on PYTHONPATH only or in an archive, or
-YOLO_SOPHIA_AUTOLOAD is 0. They get a folder with a `sitecustomize.py` at the front of their PYTHONPATH instead.
+Where no `.pth` line is active at their start, their PYTHONPATH begins with a folder that has a `sitecustomize.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What this package expects of Ultralytics: every symbol that is patched, wrapped or recorded, with its form.
 
-patches.py takes the expected parameters from this table. `yolo-sophia status`, its check and the table of
-docs/VERSIONS.md are made from it.
+patches.py, `yolo-sophia status`, its check and the table of docs/VERSIONS.md follow from it.
 """
 
 from __future__ import annotations

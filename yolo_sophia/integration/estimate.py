@@ -102,8 +102,7 @@ class EstimatePass:
     ) -> list[Tensor | None]:
         """Estimates from the recorded terms; in float16, at a scale at which they do not overflow.
 
-        The loss scale settles where the gradient just does not overflow. The sampled cotangents do not shrink as the
-        loss is fitted, so at that scale they may overflow. Then the same labels are used at a smaller scale.
+        The sampled cotangents do not shrink as the loss is fitted, so they may overflow at the gradient's loss scale.
         """
         terms = self.recorder.terms(loss)
         if not (scaler and scaler.is_enabled()):

@@ -1,8 +1,7 @@
-"""Which arguments the user gave explicitly, and the record of it that children and resumed runs read.
+"""Which arguments are explicit, and the record of it that children and resumed runs read.
 
-Ultralytics hands one mapping of all arguments on, whatever their origin. The origin is taken where it is still known:
-the words of the command line in `entrypoint`, the keyword arguments in `Model.train`. A value that comes from a file or
-from a trainer's `cfg=` is explicit if it differs from Ultralytics' default.
+An argument is explicit if it is on the command line or a keyword of `Model.train`. One from a file or from a trainer's
+`cfg=` is explicit if it differs from Ultralytics' default.
 """
 
 from __future__ import annotations

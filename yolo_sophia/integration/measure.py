@@ -95,11 +95,7 @@ def read_data(data: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _data_file(text: str) -> Path:
-    """The YAML that Ultralytics would take, or a folder that has none.
-
-    Raises:
-        FileNotFoundError: There is neither.
-    """
+    """The YAML that Ultralytics would take, or a folder that has none."""
     from ultralytics.data.utils import DATASETS_DIR, find_dataset_yaml
     from ultralytics.utils.checks import check_file
 

@@ -54,10 +54,7 @@ class Monitor:
 
     @torch.no_grad()
     def _state_figures(self) -> Tensor:
-        """Clipped fraction, then the norms of m, h (bias corrected) and the update (lr included), shape (4,).
-
-        A coordinate that a cautious step leaves out counts as clipped or not all the same.
-        """
+        """Clipped fraction (before caution), then the norms of m, h (bias corrected) and the update, shape (4,)."""
         parts = []
         for group in self.optimizer.param_groups:
             params = [p for p in group["params"] if self.optimizer.state.get(p)]

@@ -1,8 +1,7 @@
 """Replaces attributes of Ultralytics' modules, keeps the originals, and restores them.
 
-Each replacement calls the original unless a run asks for an optimizer of this package. An attribute without the
-expected form (contract.py) is not replaced: the problem is recorded, and raised when such an optimizer is requested.
-Modules may be reloaded or imported again, by an upgrade in a notebook for example; the new ones are then patched too.
+An attribute without the expected form (contract.py) is not replaced: the problem is recorded, and raised when an
+optimizer of this package is requested. Modules that are imported again are patched again.
 """
 
 from __future__ import annotations

@@ -19,11 +19,7 @@ from yolo_sophia.integration.patch_set import PatchSet
 
 
 def _keys_for(optimizer: object) -> tuple[str, ...]:
-    """Our arguments that a run with this optimizer may use; none where it is Ultralytics' own.
-
-    Raises:
-        ValueError: It looks like a misspelling of ours.
-    """
+    """Our arguments that a run with this optimizer may use; ValueError if it looks like a misspelling of ours."""
     if optimizer is None:
         return ()
     return arguments.OUR_KEYS if arguments.canonical_optimizer(optimizer) else arguments.own_of(optimizer)

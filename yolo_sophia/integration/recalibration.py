@@ -1,9 +1,7 @@
 """BatchNorm statistics recalibrated on training images before each validation.
 
-Ultralytics' BatchNorm momentum of .03 remembers about 33 steps. An optimizer that moves far between two validations is
-then judged by statistics of a model it has left. Averaging them anew over unaugmented training images takes that lag
-out, for every optimizer alike. Neither the training's random state nor the model that is trained is touched: the
-statistics are those of the EMA, which is what Ultralytics validates and saves.
+Running statistics lag behind an optimizer that moves far between two validations, so that validation measures a model
+that no longer exists. Only the EMA is changed, which Ultralytics validates and saves.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Every setting of a Sophia run, decided once, where the model is known.
+"""Every setting of a Sophia run, decided once, where the model is known: in `build_optimizer`.
 
-Precedence: explicit arguments, then the preset, then the defaults. `build_optimizer` decides, since the preset and the
-learning rates depend on the weights that are there. The result is written into the trainer's arguments, args.yaml and,
-by Ultralytics, every checkpoint. A resumed run, or one that is given the args.yaml of an earlier run, takes it as it
-is.
+Precedence: explicit arguments, then the preset, then the defaults. The result is written into the trainer's arguments,
+args.yaml and every checkpoint. A run that resumes or is given an earlier args.yaml takes it as it is.
 """
 
 from __future__ import annotations
@@ -154,7 +152,7 @@ def decide(trainer: Any, call: dict[str, Any]) -> Resolved:
 
     args = trainer.args
     before = {key: getattr(args, key) for key in ULTRALYTICS_ARGS}
-    # A trainer class that asks for Sophia by itself has no record.
+    # A trainer class that selects Sophia by itself has no record.
     changed = {key for key in ULTRALYTICS_ARGS if before[key] != DEFAULT_CFG_DICT[key]}
     resolved = resolve({**vars(args), "optimizer": call["name"]}, changed, facts_of(trainer, call))
     _check_equal_on_ranks(resolved.values)

@@ -1,13 +1,8 @@
 """Sophia inside Ultralytics' training loop: what is bound to one trainer, and when it acts.
 
-The curvature belongs to the objective that the optimizer's `step` sees: the sum of the losses of all micro-batches
-accumulated for it (`window.py`). When a Hessian update is due, an estimate is made before the training's own forward
-pass, from images of the micro-batch (`estimate.py`), and staged; the step updates h with it.
-
-A session relies on three calls: the trainer's `preprocess_batch` before each forward pass, the optimizer's `step`, and
-the model's loss for training. `scaler`, `backward()`, `optimizer_step` and the wrapping of the model may be anybody's.
-Bound as well (engine/trainer.py): `save_metrics` and `save_model` once an epoch, `final_eval` and `plot_metrics` at the
-end.
+When a Hessian update is due, an estimate is made before the training's own forward pass (`estimate.py`) and staged for
+the optimizer's step (`window.py`). A session relies on three calls: the trainer's `preprocess_batch` before each
+forward pass, the optimizer's `step`, and the model's loss.
 """
 
 from __future__ import annotations
@@ -195,12 +190,10 @@ class Session:
     # One optimizer step ---------------------------------------------------------------------------------------------
 
     def _optimizer_step(self, original: Callable) -> None:
-        """`BaseTrainer.optimizer_step` without its clip of the gradient norm at 10.
+        """`BaseTrainer.optimizer_step` without its clip of the gradient norm, and without a step if it is not finite.
 
-        That clip rescales m, by another factor at each step, but not h, and rho loses its meaning; Sophia's own clip
-        bounds each coordinate. A trainer class with its own `optimizer_step` keeps it, and so does a package that has
-        replaced the method of Ultralytics' class. A gradient that is not finite makes no step, with and without a
-        scaler: in m, Inf would stay for good, and the clip would hide it.
+        The clip rescales m but not h, by another factor at each step, so rho would lose its meaning. Inf would stay in m
+        for good, and Sophia's own clip would hide it. A trainer class with an `optimizer_step` of its own keeps it.
         """
         trainer = self.trainer
         if is_ultralytics_own(type(trainer).optimizer_step):
@@ -269,10 +262,7 @@ class Session:
             self._warn_of(count, f"dropped a Hessian estimate {why}")
 
     def _warn_of_the_unreached(self) -> None:
-        """Name the parameters that have a gradient but no path to the terms: the model's loss has terms of its own.
-
-        Once, at the first estimate that has all terms: without foreground the terms of boxes are absent.
-        """
+        """Name the parameters with a gradient but no path to the terms; once, at the first estimate with all terms."""
         if self._searched_unreached or not self.passes.complete:
             return
         self._searched_unreached = True
@@ -301,11 +291,7 @@ class Session:
         LOGGER.warning(f"{found}The curvature is no longer updated. {remedy}")
 
     def _check_loss(self) -> None:
-        """After the first training pass.
-
-        Raises:
-            RuntimeError: It was made without the model's loss.
-        """
+        """After the first training pass: RuntimeError if it was made without the model's loss."""
         if not self._remove_probe():
             raise RuntimeError(
                 f"optimizer={self.name} estimates the curvature of the model's own loss, and "

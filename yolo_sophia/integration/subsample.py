@@ -1,11 +1,7 @@
-"""A pass over a part of a batch, for a cheaper estimate of the curvature.
+"""A pass over a part of a batch, for a cheaper estimate of the curvature; it has no side effect on the training.
 
-The pass has no side effect on the training: it runs on copies of the buffers (BatchNorm's statistics), the global
-random streams are restored, and its graph is freed before the ordinary forward pass begins.
-
-A part is enough because one estimate is the square of one sampled vector: the labels alone give it a relative variance
-of about 2 per coordinate, from 4 images as from 16. More images reduce only the variance between images, at a higher
-cost: docs/benchmarks/2026-11-26-refresh.md, made by scripts/measure_refresh.py.
+The sampled labels alone give an estimate a relative variance of about 2 per coordinate, from 4 images as from 16, so
+few images are enough: docs/benchmarks/2026-11-26-refresh.md, made by scripts/measure_refresh.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Window:
 
     Attributes:
         batches: Images of each micro-batch.
-        staged: One estimate per parameter, None for a frozen one. None as a whole if nothing is staged.
+        staged: One estimate per parameter, None for a frozen one. None if nothing is staged.
         staged_images: Images that the estimate was made from.
         largest_batch: Images of the largest micro-batch of all windows so far.
     """

@@ -67,12 +67,7 @@ class DetectionRecorder(Recorder):
         return terms
 
     def _sides(self, calls: dict[str, list[Call]], per_anchor: Tensor) -> list[LossTerm]:
-        """Of the distances to the four sides; none without bins before Ultralytics 8.4.
-
-        Args:
-            calls: The recorded calls.
-            per_anchor: weight B w_i / TSS of the foreground anchors, shape (N,).
-        """
+        """Of the distances to the four sides, shape (N,); none without bins before Ultralytics 8.4."""
         coefficient = self.criterion.hyp.dfl / 4 * per_anchor[:, None]
         if not self.criterion.use_dfl:
             return [Laplace(one.output, coefficient, one.target) for one in self._only(calls, "bbox_loss").inner]

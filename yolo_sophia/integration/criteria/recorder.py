@@ -1,9 +1,7 @@
 """Records the calls inside a criterion during one forward pass.
 
 The criterion's own callables are wrapped for one call, so the assignment, the normaliser and the tensors of the graph
-are those of the real loss. Calls of `torch.nn.functional` losses inside a wrapped callable are recorded as well: a
-mask's logits exist only there. The names of these callables are the same from Ultralytics 8.3.0 on, while the
-signatures of the criteria changed.
+are those of the real loss. Calls of `torch.nn.functional` losses inside them are recorded too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Verifies that the recorded terms make up the loss, and falls back to signed gradients where they do not.
 
-A recorder knows the form of Ultralytics' criteria. Whether a criterion has that form is decided by its behaviour in the
-first pass that gives all its terms: each term is pulled back to the tensors that the model's last layer returns, with
-its own loss gradient at the true labels, and the sum is compared with the gradient of the loss at the same tensors. The
-check is repeated when the criterion or one of its recorded callables is replaced.
+In the first pass with all terms, their gradient at the outputs of the model's last layer is compared with that of the
+loss. The check is repeated when the criterion or one of its recorded callables is replaced.
 """
 
 from __future__ import annotations
@@ -157,12 +155,9 @@ class CriterionRecorder:
         return terms
 
     def _verify(self, terms: list[LossTerm], outputs: list[Tensor], loss: Tensor, batch: dict[str, Any]) -> None:
-        """Compare the gradient of the terms with that of the loss; reject the terms where they differ.
-
-        Under autocast a criterion may compute a box's overlap in half precision: its own gradient is then off by up to
-        a tenth (v8OBBLoss of Ultralytics 8.3.0 in bfloat16). So the comparison is made in a pass without autocast.
-        """
+        """Compare the gradient of the terms with that of the loss; reject the terms where they differ."""
         if any(x.dtype in HALF for x in outputs):
+            # v8OBBLoss of Ultralytics 8.3.0 computes the overlap in bfloat16: its own gradient is off by up to a tenth.
             self._recorder.start()
             self._head.start()
             with no_autocast(loss.device):
@@ -271,5 +266,5 @@ def measured_images_exponent(model: nn.Module, batch: dict[str, Any], images: in
         return sum(float(term.gradient.double().square().sum()) for term in signed_terms(outputs, loss))
 
     half = images // 2
-    whole, parts = squares(0, images), squares(0, half) + squares(half, images - half)
-    return int(whole > parts / 2)
+    halves = squares(0, half) + squares(half, images - half)
+    return int(squares(0, images) > halves / 2)
