@@ -91,7 +91,8 @@ def _parse(content: Any, path: Path) -> Preset:
     for key, entry in content["settings"].items():
         if key not in ALL and key not in RENAMED:
             raise refuse(f"{key!r} is not a setting.{suggestion(key, ALL)} Valid settings: {sorted(ALL)}.")
-        if not isinstance(entry, dict) or set(entry) != {"value", "origin"} or not _is_text(entry["origin"]):
+        origin = entry.get("origin") if isinstance(entry, dict) and set(entry) == {"value", "origin"} else None
+        if not isinstance(origin, str) or not origin.strip():
             raise refuse(f"{key}: found {entry!r}, expected {{value: ..., origin: 'where the value comes from'}}.")
         try:
             name, value = renamed(key, entry["value"])
@@ -102,7 +103,7 @@ def _parse(content: Any, path: Path) -> Preset:
             settings[name] = ALL[name].check(_number(name, value))
         except (TypeError, ValueError) as error:
             raise refuse(str(error)) from None
-        origins[name] = entry["origin"]
+        origins[name] = origin
     return Preset(
         name=path.stem if path.resolve().parent == preset_directory().resolve() else str(path.resolve()),
         status=content["status"],
@@ -110,10 +111,6 @@ def _parse(content: Any, path: Path) -> Preset:
         settings=MappingProxyType(settings),
         origins=MappingProxyType(origins),
     )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 def _number(key: str, value: Any) -> Any:

@@ -43,7 +43,7 @@ class Monitor:
         """Decide whether this step is sampled, and take the gradient's norm while it is there."""
         if self._steps % SAMPLE_EVERY == 0:
             grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._grad_norm = _norm(grads) if grads else None
+            self._grad_norm = torch.stack(torch._foreach_norm(grads)).norm() if grads else None
         self._steps += 1
 
     def after_step(self) -> None:
@@ -61,9 +61,7 @@ class Monitor:
             parts += [self._part(group, params[i : i + TOGETHER]) for i in range(0, len(params), TOGETHER)]
         if not parts:
             return torch.full((4,), math.nan)
-        count = sum(
-            p.numel() for group in self.optimizer.param_groups for p in group["params"] if p in self.optimizer.state
-        )
+        count = sum(p.numel() for g in self.optimizer.param_groups for p in g["params"] if p in self.optimizer.state)
         clipped, *squares = torch.stack(parts).sum(0)
         return torch.stack([clipped / count, *(x.sqrt() for x in squares)])
 
@@ -120,7 +118,3 @@ class Monitor:
         trained = [g for g in groups if any(p.requires_grad and self.optimizer.state.get(p) for p in g["params"])]
         automatic = [group for group in trained if group["clip_fraction"] is not None]
         return (automatic or trained or groups)[0]["rho"]
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).norm()

@@ -61,8 +61,7 @@ class PatchSet:
             if self.is_patched(module_name):
                 return
             self._module, self._problems[module_name] = module_name, []
-            version = getattr(sys.modules.get("ultralytics"), "__version__", "unknown")
-            if problem := version_problem(version):
+            if problem := version_problem(_version()):
                 self.add_problem(problem)
             try:
                 self.functions[module_name](self, sys.modules[module_name])
@@ -145,9 +144,8 @@ class PatchSet:
         if taken := sorted(self.taken.intersection(keys)):
             problems.append(f"it has arguments of its own with the names of ours: {', '.join(taken)}")
         if problems:
-            version = getattr(sys.modules.get("ultralytics"), "__version__", "unknown")
             raise RuntimeError(
-                f"yolo-sophia does not fit the installed ultralytics {version}: {'; '.join(problems)}. Install a "
+                f"yolo-sophia does not fit the installed ultralytics {_version()}: {'; '.join(problems)}. Install a "
                 f"supported version (pip install '{SUPPORTED}') or a newer yolo-sophia, or use another optimizer."
             )
 
@@ -183,6 +181,10 @@ def _execution_of(module_name: str) -> tuple[Any, Any]:
     """What tells one execution of a module from another: the module, and an object that its code creates."""
     module = sys.modules.get(module_name)
     return module, getattr(module, MODULES[module_name], None)
+
+
+def _version() -> str:
+    return getattr(sys.modules.get("ultralytics"), "__version__", "unknown")
 
 
 def version_problem(version: str) -> str | None:

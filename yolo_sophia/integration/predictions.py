@@ -74,13 +74,17 @@ def predict(weights: Path, data: str, folder: Path, arguments: Mapping[str, Any]
             return stats
 
     like = {key: arguments[key] for key in LIKE_TRAINING if arguments.get(key) is not None}
-    like |= {"data": data, "split": "val", "batch": _batch(arguments)}
+    batch = arguments.get("batch")  # Ultralytics validates with twice that: images of a batch are padded to one shape
+    is_count = isinstance(batch, int) and not isinstance(batch, bool) and batch > 0
+    like |= {"data": data, "split": "val", "batch": 2 * batch if is_count else 32}
     place = {"project": str(folder.resolve()), "name": "val", "exist_ok": True}
     metrics = model.val(Saving, **like, **place, save_json=True, plots=False, verbose=False)
     (validator,) = made
     if validator.is_lvis:
         raise ValueError(f"data={data}: LVIS labels part of each image's objects and has metrics of its own.")
     path = validator.save_dir / "predictions.json"
+    annotations = Path(validator.data.get("path") or "", "annotations", "instances_val2017.json")
+    is_coco = validator.is_coco and validator.data.get("path") and annotations.is_file()
     labels = map(Path, img2label_paths(list(sizes)))
     names = validator.names.values() if isinstance(validator.names, dict) else validator.names
     return Predictions(
@@ -88,19 +92,6 @@ def predict(weights: Path, data: str, folder: Path, arguments: Mapping[str, Any]
         images=tuple((Path(file), int(h), int(w), label) for (file, (h, w)), label in zip(sizes.items(), labels)),
         names=tuple(map(str, names)),
         categories=tuple(map(int, validator.class_map)),
-        annotations=_annotations(validator),
+        annotations=annotations if is_coco else None,
         own={"mAP50-95": float(metrics.box.map), "mAP50": float(metrics.box.map50)},
     )
-
-
-def _batch(arguments: Mapping[str, Any]) -> int:
-    """The batch of a training's validations, twice its own: images of a batch are padded to one shape."""
-    batch = arguments.get("batch")
-    return 2 * batch if isinstance(batch, int) and not isinstance(batch, bool) and batch > 0 else 32
-
-
-def _annotations(validator: Any) -> Path | None:
-    if not (validator.is_coco and validator.data.get("path")):
-        return None
-    path = Path(validator.data["path"]) / "annotations" / "instances_val2017.json"
-    return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""One training with Ultralytics' own API, from arguments to facts; what the comparison's worker process calls."""
+"""One training with Ultralytics' own API, called by the worker process of a comparison."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def run_training(
     bn_recalibrate: bool = False,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Train, or go on with a training.
+    """Train, or resume a training.
 
     Args:
-        arguments: Ultralytics arguments with `model`; unused where a training goes on, but for the model's task.
+        arguments: Ultralytics arguments with `model`; of a resumed training only the model's task is used.
         resume: Checkpoint of an unfinished training.
         callbacks: Functions of the trainer by Ultralytics' event names.
         bn_recalibrate: Recalibrate BatchNorm statistics before each validation.
@@ -50,15 +50,12 @@ def run_training(
         model.train(resume=str(resume))
     else:
         model.train(**arguments)
+    plain = (int, float, str, bool, list, dict, type(None))
     return {
         "peak_memory_bytes": peak_memory(),
         "device": str(model.trainer.device),
-        "args": {key: _plain(value) for key, value in vars(model.trainer.args).items()},
+        "args": {k: v if isinstance(v, plain) else str(v) for k, v in vars(model.trainer.args).items()},
     }
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool, list, dict, type(None))) else str(value)
 
 
 def peak_memory() -> int:

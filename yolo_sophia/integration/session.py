@@ -192,8 +192,8 @@ class Session:
     def _optimizer_step(self, original: Callable) -> None:
         """`BaseTrainer.optimizer_step` without its clip of the gradient norm, and without a step if it is not finite.
 
-        The clip rescales m but not h, by another factor at each step, so rho would lose its meaning. Inf would stay in m
-        for good, and Sophia's own clip would hide it. A trainer class with an `optimizer_step` of its own keeps it.
+        The clip rescales m but not h, by another factor at each step, so rho would lose its meaning. Inf would stay in
+        m, and Sophia's own clip would hide it. A trainer class with an `optimizer_step` of its own keeps it.
         """
         trainer = self.trainer
         if is_ultralytics_own(type(trainer).optimizer_step):

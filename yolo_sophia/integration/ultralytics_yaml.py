@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """Read a file as Ultralytics reads it: any of its encodings, unusual characters removed."""
-    try:
-        from ultralytics.utils import YAML
-    except ImportError:  # before 8.3.130
-        from ultralytics.utils import yaml_load
-
-        return yaml_load(path)
-    return YAML.load(path)
+    return _function("load")(path)
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
     """Write a file as Ultralytics writes it: values that YAML does not have become text."""
-    try:
-        from ultralytics.utils import YAML
-    except ImportError:
-        from ultralytics.utils import yaml_save
+    _function("save")(path, content)
 
-        yaml_save(path, content)
-    else:
-        YAML.save(path, content)
+
+def _function(name: str) -> Callable:
+    from ultralytics import utils
+
+    return getattr(utils.YAML, name) if hasattr(utils, "YAML") else getattr(utils, f"yaml_{name}")  # before 8.3.130

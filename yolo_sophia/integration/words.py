@@ -30,22 +30,12 @@ def read_value(key: str, text: str) -> Any:
     from ultralytics.cfg import parse_key_value_pair, smart_value
 
     text = text.strip()
-    if "literal_eval" not in smart_value.__code__.co_names and not _is_literal(text):
-        return text
     try:
+        if "literal_eval" not in smart_value.__code__.co_names and text.lower() not in {"none", "true", "false"}:
+            ast.literal_eval(text)
         return parse_key_value_pair(f"{key}={text}")[1]
-    except Exception:  # 8.4 looks `module.CONSTANT` up, and a module of the user's may do anything then
+    except Exception:  # no literal; 8.4 also looks `module.CONSTANT` up, and a user's module may do anything then
         return text
-
-
-def _is_literal(text: str) -> bool:
-    if text.lower() in {"none", "true", "false"}:
-        return True
-    try:
-        ast.literal_eval(text)
-    except Exception:  # of many kinds, and Ultralytics catches them all
-        return False
-    return True
 
 
 def is_switch(key: str) -> bool:
