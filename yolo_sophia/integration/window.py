@@ -37,11 +37,6 @@ class Window:
         self.batches.append(images)
         self.largest_batch = max(self.largest_batch, images)
 
-    @property
-    def images(self) -> int:
-        """Images of all micro-batches."""
-        return sum(self.batches)
-
     def stage(self, estimates: list[Tensor | None], images: int) -> None:
         """Keep an estimate for the step, in place of an earlier one.
 

@@ -116,11 +116,6 @@ class Recorder:
         self._wrapped: list[tuple[Any, str, tuple]] = []
         self._calls: dict[str, list[Call]] = {}
 
-    @property
-    def recording(self) -> bool:
-        """Whether it is recording."""
-        return bool(self._wrapped)
-
     def start(self) -> None:
         """Record the next call, and discard an earlier one."""
         self.stop()
@@ -196,11 +191,6 @@ class CompositeRecorder(Recorder):
         super().__init__(criterion)
         self.parts = parts
         self.images_exponent = parts[0][0].images_exponent
-
-    @property
-    def recording(self) -> bool:
-        """Whether it is recording."""
-        return any(recorder.recording for recorder, _ in self.parts)
 
     def start(self) -> None:
         """Start every part."""
