@@ -34,7 +34,7 @@ class Monitor:
 
     def reset(self) -> None:
         """Forget what was sampled since the last row."""
-        self.refresh_seconds = 0.0
+        self.hessian_seconds = 0.0
         self._samples: list[Tensor] = []
         self._grad_norm: Tensor | None = None
         self._steps = 0
@@ -101,13 +101,13 @@ class Monitor:
             figures = self._state_figures()
             self._samples.append(torch.cat([figures, figures.new_full((1,), math.nan)]))
         clip, momentum, hessian, update, grad = torch.stack(self._samples).mean(0).tolist()
-        clock = self.optimizer.param_groups[0]
+        counters = self.optimizer.param_groups[0]
         row = dict(zip(SAMPLED, (clip, grad, momentum, hessian, update)))
         row |= {
             "rho": self._rho(),
-            "refreshes": clock["hessian_updates"],
-            "dropped": clock["hessian_dropped"],
-            "refresh_seconds": self.refresh_seconds,
+            "refreshes": counters["hessian_updates"],
+            "dropped": counters["hessian_dropped"],
+            "refresh_seconds": self.hessian_seconds,
         }
         self.reset()
         return {f"sophia/{key}": value for key, value in row.items()}

@@ -118,7 +118,7 @@ class Session:
         if self._estimate_is_due(parameters, images):
             start = time.perf_counter()
             self._estimate(model, batch, parameters)
-            self.monitor.refresh_seconds += time.perf_counter() - start
+            self.monitor.hessian_seconds += time.perf_counter() - start
             if not self._probed and not is_compiled(self.trainer.model):  # a compiled model would be compiled again
                 self._probe = LossProbe(model)
 
@@ -233,7 +233,7 @@ class Session:
         if self.window.staged is not None:
             start = time.perf_counter()
             self._update_hessian()
-            self.monitor.refresh_seconds += time.perf_counter() - start
+            self.monitor.hessian_seconds += time.perf_counter() - start
         if RANK in {-1, 0}:  # the others write no row
             self.monitor.before_step()
 
