@@ -93,15 +93,12 @@ def convert_others(convert: Callable[[dict], dict], state_dict: dict[str, Any]) 
     """
     if any(KEEP_FLOAT32 in group for group in state_dict["param_groups"]):
         return state_dict
-    others = {key: state for key, state in state_dict["state"].items() if not _is_ours(state)}
-    if len(others) < len(state_dict["state"]):
+    states = state_dict["state"].items()
+    others = {key: s for key, s in states if not (isinstance(s, dict) and s.keys() >= SOPHIA_STATE)}
+    if len(others) < len(states):
         convert({**state_dict, "state": others})  # in place
         return state_dict
     return convert(state_dict)
-
-
-def _is_ours(state: Any) -> bool:
-    return isinstance(state, dict) and state.keys() >= SOPHIA_STATE
 
 
 def final_eval_atomically(final_eval: Callable[[], Any]) -> Any:

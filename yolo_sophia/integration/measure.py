@@ -1,4 +1,4 @@
-"""One measured training step, and what a data set holds: the ground of `compare`'s dry run."""
+"""What a data set holds, and the time of a training step, for the dry run of `compare`."""
 
 from __future__ import annotations
 
@@ -24,37 +24,29 @@ def count_images(data: str | Path) -> int:
     Raises:
         ValueError: As `read_data`.
     """
+    from ultralytics.data.utils import DATASETS_DIR
+
     path, content = read_data(data)
     train = content["train"]
     if isinstance(train, dict):
         return sum(map(count_images, train["yolo_data"])) if list(train) == ["yolo_data"] else 0
     parts = train if isinstance(train, list) else [train]
-    for root in _roots(path, content):
-        counts = [_images_at(_place(root, part)) for part in parts]
+    root = Path(content.get("path") or path.parent)
+    # Ultralytics 8.3 takes a relative path of a data YAML as one in its folder of data sets.
+    for folder in (root, Path(DATASETS_DIR) / root):
+        counts = [_images_at(folder, part) for part in parts]
         if None not in counts:
             return sum(counts)
     return 0
 
 
-def _roots(path: Path, content: dict[str, Any]) -> list[Path]:
-    """Folders that the paths of a data YAML may be relative to; Ultralytics 8.3 takes a relative one as the second."""
-    from ultralytics.data.utils import DATASETS_DIR
-
-    root = Path(content.get("path") or path.parent)
-    return [root] if root.is_absolute() else [root, Path(DATASETS_DIR) / root]
-
-
-def _place(root: Path, part: str) -> Path:
-    place = (root / part).resolve()
-    if not place.exists() and part.startswith("../"):
-        return (root / part[3:]).resolve()  # some exporters write ../train for the folder beside the YAML
-    return place
-
-
-def _images_at(place: Path) -> int | None:
+def _images_at(root: Path, part: str) -> int | None:
     """Images in a folder, linked folders included, or in a list of files; None where there is neither."""
     from ultralytics.data.utils import IMG_FORMATS
 
+    place = (root / part).resolve()
+    if not place.exists() and part.startswith("../"):
+        place = (root / part[3:]).resolve()  # some exporters write ../train for the folder beside the YAML
     if place.is_dir():
         names = glob.glob(os.path.join(glob.escape(str(place)), "**", "*.*"), recursive=True)
     elif place.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from contextlib import suppress
 from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
@@ -16,6 +17,9 @@ PANELS = (
     ("update norm", ("update_norm",), True),
     ("seconds of Hessian updates per epoch", ("refresh_seconds",), False),
 )
+"""Title, columns and whether the axis is logarithmic."""
+
+COLUMNS = (*(name for _, names, _ in PANELS for name in names), "refreshes", "dropped")
 
 
 def plot_sophia(results: str | Path) -> Path:
@@ -34,15 +38,18 @@ def plot_sophia(results: str | Path) -> Path:
 
     results = Path(results)
     with results.open(newline="", encoding="utf-8") as file:
-        rows = [{k.strip(): v for k, v in row.items() if k} for row in csv.DictReader(file, skipinitialspace=True)]
-    rows = [row for row in rows if _is_complete(row)]  # a training that shares the folder may have written others
+        lines = [{k.strip(): v for k, v in line.items() if k} for line in csv.DictReader(file, skipinitialspace=True)]
+    rows = []
+    for line in lines:
+        with suppress(KeyError, TypeError, ValueError):  # of another training that writes into the folder
+            rows.append({name: float(line[f"sophia/{name}"]) for name in COLUMNS} | {"epoch": float(line["epoch"])})
     if not rows:
         raise ValueError(f"{results} has no sophia/ columns: it is not the results.csv of a SophiaG run.")
-    epochs = [float(row["epoch"]) for row in rows]
+    epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     for ax, (title, names, log) in zip(figure.subplots(2, 3).ravel(), PANELS):
         for name in names:
-            values = [float(row[f"sophia/{name}"]) for row in rows]
+            values = [row[name] for row in rows]
             ax.plot(epochs, values, marker="o", markersize=4, linewidth=1.8, label=name.replace("_", " "))
         ax.set_title(title, fontsize=11)
         ax.set_xlabel("epoch")
@@ -55,23 +62,10 @@ def plot_sophia(results: str | Path) -> Path:
             ax.set_ylim(bottom=0)
         if len(names) > 1:
             ax.legend(fontsize=9)
-    last = rows[-1]
-    figure.suptitle(
-        f"SophiaG: {float(last['sophia/refreshes']):.0f} Hessian updates, {float(last['sophia/dropped']):.0f} dropped"
-    )
+    refreshes, dropped = (rows[-1][name] for name in ("refreshes", "dropped"))
+    figure.suptitle(f"SophiaG: {refreshes:.0f} Hessian updates, {dropped:.0f} dropped")
     target = results.with_name("sophia.png")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     atomic_write(target, buffer.getvalue())
     return target
-
-
-def _is_complete(row: dict[str, str | None]) -> bool:
-    """Whether a row of results.csv has a number in every column that is drawn."""
-    names = ["epoch", *(f"sophia/{name}" for _, drawn, _ in PANELS for name in drawn), "sophia/refreshes"]
-    try:
-        for name in (*names, "sophia/dropped"):
-            float(row[name])
-    except (KeyError, TypeError, ValueError):
-        return False
-    return True
