@@ -147,6 +147,6 @@ def test_resume_goes_on_from_the_very_state(python, words, tmp_path):
     groups = torch_load(tmp_path / "first.pt", map_location="cpu")["loaded"]["param_groups"]
     assert all(group["betas"][1] == 0.9 for group in groups)
     log = (tmp_path / "first.log").read_text()
-    assert "beta2=0.9 (typed)" in log
+    assert "beta2=0.9 (explicit)" in log
     rows = (tmp_path / "run" / "results.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3"]
