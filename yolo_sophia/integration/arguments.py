@@ -75,6 +75,8 @@ def finalize(args: Any, overrides: Mapping[str, Any] | None, ours: Iterable[str]
         TypeError: A value is of the wrong kind.
         ValueError: A value is out of range, or Sophia's arguments were given for another optimizer.
     """
+    from ultralytics.utils import LOGGER, RANK
+
     name = canonical_optimizer(args.optimizer)
     if name is None:
         _finalize_other(args, overrides or {}, set(ours))
@@ -86,9 +88,14 @@ def finalize(args: Any, overrides: Mapping[str, Any] | None, ours: Iterable[str]
         return
     is_recorded = vars(args).get(MARKER) is not None
     explicit = set_explicit(vars(args), overrides or {})
-    if not is_recorded:
-        found = ambiguous(ULTRALYTICS_ARGS, vars(args), overrides or {})
-        _warn_of_ambiguous({key: own for key, own in found.items() if key not in explicit})
+    if not is_recorded and RANK in {-1, 0}:
+        keys = [key for key in ULTRALYTICS_ARGS if key not in explicit]
+        if found := ambiguous(keys, vars(args), overrides or {}):
+            LOGGER.warning(
+                f"SophiaG: {', '.join(f'{key}={own}' for key, own in found.items())} in the configuration equal "
+                "Ultralytics' defaults, so they count as not set and the preset decides. To keep one of them, pass it "
+                "on the command line or as a keyword argument."
+            )
 
 
 def set_explicit(args: dict[str, Any], given: Mapping[str, Any]) -> set[str]:
@@ -177,17 +184,6 @@ def _rename(args: dict[str, Any], warn: bool = True) -> set[str]:
             if warn:
                 warnings.warn(f"{old}={value} is now {name}={args[name]}.", FutureWarning, stacklevel=2)
     return found
-
-
-def _warn_of_ambiguous(values: Mapping[str, Any]) -> None:
-    from ultralytics.utils import LOGGER, RANK
-
-    if values and RANK in {-1, 0}:
-        LOGGER.warning(
-            f"SophiaG: {', '.join(f'{key}={own}' for key, own in values.items())} in the configuration equal "
-            "Ultralytics' defaults, so they count as not set and the preset decides. To keep one of them, pass it on "
-            "the command line or as a keyword argument."
-        )
 
 
 def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> None:
