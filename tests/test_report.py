@@ -225,9 +225,9 @@ def test_title_says_whether_anything_was_tuned(tmp_path, whole):
     assert (whole[0] / "report.md").read_text().startswith(f"# {title_of(whole[0])}\n")
     plan = make_plan(tmp_path, tune_trials=4, tune_epochs=3)
     trials = (
-        {"score": 0.3, "status": "finished"},
-        {"lr0": 0.002, "rho": 0.1, "score": 0.35, "status": "finished"},
-        {"lr0": 0.0075, "rho": 0.5, "score": None, "status": "failed"},
+        {"mAP50-95": 0.3, "state": "finished"},
+        {"lr0": 0.002, "rho": 0.1, "mAP50-95": 0.35, "state": "finished"},
+        {"lr0": 0.0075, "rho": 0.5, "mAP50-95": None, "state": "failed"},
     )
     searches = [Search("SophiaG", "bccd", trials, {"lr0": 0.002, "rho": 0.1}), Search("SGD", "bccd", trials[:1], {})]
     shown = Page(write_report(plan, make_results(plan), tmp_path, searches=searches).read_text())
@@ -238,7 +238,7 @@ def test_title_says_whether_anything_was_tuned(tmp_path, whole):
     )
     assert "No record of the search of AdamW on bccd." in shown.text
     assert shown.table("SophiaG on bccd; a dash") == [
-        ["trial", "lr0", "rho", "score", "status"],
+        ["trial", "lr0", "rho", "mAP50-95", "state"],
         ["0", DASH, DASH, "0.3", "finished"],
         ["1 chosen", "0.002", "0.1", "0.35", "finished"],
         ["2", "0.0075", "0.5", DASH, "failed"],
@@ -406,7 +406,7 @@ def test_text_of_users_is_escaped(tmp_path):
     results = make_results(plan)
     results[0] = replace(results[0], receipt=None, failure=NASTY)
     results[1].receipt["versions"] = {NASTY: NASTY}
-    search = Search(names[0], "d", ({NASTY: 1, "score": NASTY, "status": NASTY},), {NASTY: 1})
+    search = Search(names[0], "d", ({NASTY: 1, "mAP50-95": NASTY, "state": NASTY},), {NASTY: 1})
     coco = {results[1].run.key: {NASTY: 0.5}}
     plan = replace(plan, tune_trials=1)
     shown = Page(write_report(plan, results, tmp_path, searches=[search], coco=coco).read_text())

@@ -94,9 +94,9 @@ class Curve:
         """Return the last mAP, 0 where it is not finite (such a model detects nothing), None for a failed run."""
         return None if self.failed else _or_zero(getattr(self, metric)[-1])
 
-    def best(self, metric: str = "map50_95") -> float | None:
-        """Return the largest mAP of any epoch, chosen on the validation images themselves; None for a failed run."""
-        return None if self.failed else max(map(_or_zero, getattr(self, metric)))
+    def best(self) -> float | None:
+        """The largest mAP50-95 of any epoch, chosen on the validation images themselves; None for a failed run."""
+        return None if self.failed else max(map(_or_zero, self.map50_95))
 
 
 def _or_zero(value: float) -> float:
@@ -167,7 +167,7 @@ class Summary:
         seeds: Seeds that were run, failed runs included.
         failed: Number of crashed runs. The means exclude them, so they flatter an arm with crashes.
         diverged: Number of diverged runs; a run may be both.
-        final, best, final50, best50: Final and best mAP50-95, then mAP50.
+        final, best, final50: Final and best mAP50-95, final mAP50.
         missed: Number of runs that missed it, failed runs included.
         costs: Cost of each seed per axis, infinity for a miss; empty without a target.
         cost: Median of `costs` per axis; None without a target.
@@ -179,7 +179,6 @@ class Summary:
     final: Mean
     best: Mean
     final50: Mean
-    best50: Mean
     missed: int | None
     costs: Mapping[str, tuple[float, ...]]
     cost: Mapping[str, float | None]
@@ -189,7 +188,8 @@ def summarize(curves: Iterable[Curve], arm: str, data: str, target: float | None
     """Summarize the full runs of an arm on a data set."""
     own = tuple(runs_by_seed(curves, arm, data).values())
     done = [run for run in own if not run.failed]
-    metrics = [mean(value(run, metric) for run in done) for metric in METRICS for value in (Curve.final, Curve.best)]
+    metrics = [mean(run.final() for run in done), mean(run.best() for run in done)]
+    metrics.append(mean(run.final("map50") for run in done))
     costs = {axis: tuple(cost_to_target(run, target, axis) for run in own) if target else () for axis in AXES}
     missed = sum(map(math.isinf, costs["steps"])) if target else None
     medians = {axis: median(values) if values else None for axis, values in costs.items()}

@@ -22,11 +22,10 @@ class Hutchinson:
     """Unbiased diagonal of the Hessian from Hessian-vector products.
 
     As with the other estimators, no forward, no `.grad`, no buffer and no global random state is touched, and
-    the graph stays usable for the ordinary backward pass. A probe costs about two backward passes.
+    the graph stays usable for the ordinary backward pass. A sample costs about two backward passes.
 
     Args:
         n_samples: Sign vectors to average over, >= 1; the variance falls with their number.
-
         probes: The name of `n_samples` in version 0.1.
 
     Raises:

@@ -125,15 +125,14 @@ class SophiaG(SophiaBase):
         pairs = self._parameters()
         if estimates is None:
             source, values = "grad", [self._dense(p.grad, "update_hessian()") for _, p in pairs]
-            values = self._reduced(values) if reduce else values
-            if all(g is None for g in values):
-                raise RuntimeError(
-                    "update_hessian() found no .grad on any parameter; call it after the backward() of a loss with "
-                    "labels sampled from the model, or pass the estimates: update_hessian(estimates)."
-                )
         else:
             source, values = "estimates", self._checked(estimates)
-            values = self._reduced(values) if reduce else values
+        values = self._reduced(values) if reduce else values
+        if source == "grad" and all(g is None for g in values):
+            raise RuntimeError(
+                "update_hessian() found no .grad on any parameter; call it after the backward() of a loss with "
+                "labels sampled from the model, or pass the estimates: update_hessian(estimates)."
+            )
         for group in self.param_groups:
             if group["hessian_source"] not in {None, source}:
                 raise RuntimeError(

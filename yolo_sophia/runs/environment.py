@@ -9,12 +9,19 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import psutil  # a dependency of Ultralytics
+
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def hardware() -> dict[str, str]:
     """Processor, cores, memory, graphics processors and system, in words."""
-    facts = {"processor": _processor(), "cores": str(os.cpu_count() or ""), "memory": _memory(), "GPU": _gpus()}
+    facts = {
+        "processor": _processor(),
+        "cores": str(os.cpu_count() or ""),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "GPU": _gpus(),
+    }
     return {name: value for name, value in {**facts, "system": platform.platform()}.items() if value}
 
 
@@ -43,14 +50,6 @@ def _processor() -> str:
         listed = None
     name = listed[1] if listed else _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
     return " ".join((name or platform.machine()).split())
-
-
-def _memory() -> str:
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        return ""
-    return f"{size / 2**30:.1f} GiB"
 
 
 def _gpus() -> str:

@@ -84,6 +84,16 @@ class Executor(Protocol):
         """Start the worker of a folder."""
 
 
+class Queue(Protocol):
+    """Trainings for the loop; the methods are described in `RunQueue`."""
+
+    take: Callable[[], Progress | None]
+    is_done: Callable[[], bool]
+    should_stop: Callable[[Progress], bool]
+    ended: Callable[[Progress], None]
+    progress: Callable[[], list[Progress]]
+
+
 class RunQueue:
     """Trainings for the loop: a fixed list of runs. Those that another process trains are tried again later."""
 
@@ -138,7 +148,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def train(
-    out: Path, queue: RunQueue, executor: Executor, on_change: Callable[[list[Progress]], None] = lambda _: None
+    out: Path, queue: Queue, executor: Executor, on_change: Callable[[list[Progress]], None] = lambda _: None
 ) -> None:
     """Train what a queue holds until it is done.
 

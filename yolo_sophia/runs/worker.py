@@ -72,7 +72,7 @@ class Recorder:
         self._parent = psutil.Process(os.getppid())
 
     def on_train_start(self, trainer: Any) -> None:
-        """Take the counters up where the checkpoint was written, and count from here."""
+        """Restore the counters of the last checkpoint, and count from there."""
         done = [row for row in read_curve(self.folder) if row["epoch"] <= trainer.start_epoch]
         atomic_write(self.folder / CURVE, "".join(json.dumps(row) + "\n" for row in done))
         if done:

@@ -14,7 +14,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from yolo_sophia.runs.results import MAP50_95
-from yolo_sophia.runs.scheduler import Progress, RunQueue, folder_of
+from yolo_sophia.runs.scheduler import Progress, folder_of
 from yolo_sophia.runs.worker import read_curve
 from yolo_sophia.tune.plan import TunePlan
 from yolo_sophia.tune.study import NOTE, SETTINGS, STATES, Claim, SharedStudy
@@ -25,8 +25,8 @@ RETRY = 2.0
 """Seconds until a training that another process holds is tried again."""
 
 
-class TrialQueue(RunQueue):
-    """Trials of a study, for the scheduler: the trainings of a trial follow each other.
+class TrialQueue:
+    """Trials of a study as a `Queue` of the scheduler: the trainings of a trial follow each other.
 
     Args:
         study: The study.

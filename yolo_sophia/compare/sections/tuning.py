@@ -8,7 +8,7 @@ from yolo_sophia.report.document import Block, Cell, Fold, Section, Table, Text
 from yolo_sophia.report.formatting import DASH, count, scalar
 from yolo_sophia.runs.run import data_name
 
-MEASURED = ("score", "mAP50-95", "status", "state")
+MEASURED = ("mAP50-95", "state")
 """Keys of a trial that are not settings."""
 
 
