@@ -494,7 +494,7 @@ def test_an_interrupted_trial_of_this_folder_keeps_its_number_however_late(at):
 
 def test_a_comparison_waits_for_the_trials_of_another_invocation(at, monkeypatch):
     """Else the two would choose different settings."""
-    monkeypatch.setattr(objective, "REFRESH", 0.0)
+    monkeypatch.setattr(objective, "READ_INTERVAL", 0.0)
     one, other = at(trials=1), at(trials=1)
     held = one.claim()
     alone, waiting = objective.TrialQueue(other), objective.TrialQueue(other, wait=True)
