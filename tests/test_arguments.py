@@ -396,7 +396,15 @@ for path in sys.argv[1:]:
     assert re.search(r"^refused: .*rho.* is not a valid YOLO argument", said, re.MULTILINE)
 
 
-CHANNELS = ["command line", "command line, cfg file", "keywords", "keywords, cfg file", "overrides", "cfg mapping"]
+CHANNELS = [
+    "command line",
+    "command line, cfg file",
+    "keywords",
+    "keywords, cfg file",
+    "keywords, all arguments",
+    "overrides",
+    "cfg mapping",
+]
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
@@ -414,7 +422,8 @@ def test_explicit_values_by_channel(channel, tiny_run, tmp_path, caplog):
             words = {"cfg": tmp_path / "copy.yaml", **run}
             args = settings_of(lambda model: run_line(model, words), tiny_run["model"])
         elif channel.startswith("keywords"):
-            words = run | (given if channel == "keywords" else {"cfg": str(tmp_path / "copy.yaml")})
+            more = {"keywords": given, "keywords, all arguments": {**copied, **tiny_run, **given}}
+            words = run | more.get(channel, {"cfg": str(tmp_path / "copy.yaml")})
             args = settings_of(lambda model: model.train(**words), tiny_run["model"])
         else:
             words = {**tiny_run, **given}

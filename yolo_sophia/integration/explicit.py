@@ -7,7 +7,7 @@ An argument is explicit if it is on the command line or a keyword of `Model.trai
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def command_line(tokens: Iterable[str]) -> AbstractContextManager[None]:
 
 def keyword_arguments(given: Mapping[str, Any]) -> AbstractContextManager[None]:
     """While it runs, trainings are started by `Model.train` with these keyword arguments."""
-    words, line = frozenset(given), _COMMAND_LINE.get()
+    words, line = frozenset(k for k, own in given.items() if own is not None), _COMMAND_LINE.get()
     return _in_effect(_WORDS, words if line is None else words & line)
 
 
@@ -109,11 +109,11 @@ def explicit_keys(args: Mapping[str, Any], overrides: Mapping[str, Any], record:
 
     words = _WORDS.get()
     words = words if words is not None and words <= overrides.keys() | {"cfg"} else None
-    given = {key for key in (overrides if words is None else words) if args.get(key) is not None}
+    passed = overrides.keys() if words is None else words
+    given = {key for key in passed if args.get(key) is not None}
     if record is not None:
-        came_along = MARKER in (overrides if words is None else words)
-        return set(record.keys) if came_along else set(record.keys) | (given - {MARKER})
-    if words is None and _is_dump(overrides):
+        return set(record.keys) if MARKER in passed else set(record.keys) | given
+    if _is_dump(passed):
         given = set()
     changed = {key for key, value in DEFAULT_CFG_DICT.items() if args.get(key) not in (None, value)}
     return given | changed
@@ -135,13 +135,13 @@ def ambiguous(keys: Iterable[str], args: Mapping[str, Any], overrides: Mapping[s
         source |= cfg2dict(cfg).keys()
     if words is not None and "cfg" in words | (_COMMAND_LINE.get() or frozenset()):
         source |= overrides.keys() - words
-    elif words is None and _is_dump(overrides):
+    elif _is_dump(overrides.keys() if words is None else words):
         source |= overrides.keys()
     return {key: args[key] for key in keys if key in source}
 
 
-def _is_dump(overrides: Mapping[str, Any]) -> bool:
-    """Whether a mapping looks like a copy of all arguments, not like a choice of some."""
+def _is_dump(names: Set[str]) -> bool:
+    """Whether names look like those of all arguments, not like a choice of some."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    return 2 * len(overrides.keys() & DEFAULT_CFG_DICT.keys()) > len(DEFAULT_CFG_DICT)
+    return 2 * len(names & DEFAULT_CFG_DICT.keys()) > len(DEFAULT_CFG_DICT)
