@@ -36,6 +36,7 @@ class Option:
         words: Words that are valid beside values of the kind, in any case.
         search: Bounds of the default search space; None if the option is not searched by default.
         log_search: Whether the search is logarithmic.
+        in_step: Whether the update rule reads it from the parameter group.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Option:
     words: tuple[str, ...] = ()
     search: tuple[float, float] | None = None
     log_search: bool = True
+    in_step: bool = False
 
     @property
     def expected(self) -> str:
@@ -158,8 +160,10 @@ OPTIONS: Mapping[str, Option] = _by_name(
         "element",
         choices=("element", "kernel", "row"),
     ),
-    Option("hessian_power", float, "Exponent of h in the denominator.", 1.0, choices=(0.5, 1.0)),
-    Option("cautious", bool, "Skip coordinates whose update has the sign opposite to the gradient.", False),
+    Option("hessian_power", float, "Exponent of h in the denominator.", 1.0, choices=(0.5, 1.0), in_step=True),
+    Option(
+        "cautious", bool, "Skip coordinates whose update has the sign opposite to the gradient.", False, in_step=True
+    ),
     Option(
         "head_lr_factor",
         float,
@@ -197,6 +201,9 @@ ULTRALYTICS_ARGS: Mapping[str, Option] = _by_name(
     Option("warmup_epochs", float, "Epochs of warm-up.", low=0, ends="[)"),
 )
 """Ultralytics' arguments that a preset may set, because their defaults are meant for SGD. The ranges are its own."""
+
+STEP_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.in_step)
+"""Names of the options of the update rule: keys of every parameter group, off by default."""
 
 ALL: Mapping[str, Option] = MappingProxyType({**OPTIONS, **ULTRALYTICS_ARGS})
 

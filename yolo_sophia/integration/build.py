@@ -20,7 +20,7 @@ from yolo_sophia.integration.session import Session
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.optim._base import SophiaBase
 from yolo_sophia.optim._schedule import COUNTERS
-from yolo_sophia.options import AUTO
+from yolo_sophia.options import AUTO, STEP_OPTIONS
 
 
 def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> SophiaBase:
@@ -53,9 +53,8 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         clip_fraction=values["clip_fraction"] if values["rho"] == "auto" else None,
         weight_decay=0.0,
         bias_correction=True,
-        cautious=values["cautious"],
-        hessian_power=values["hessian_power"],
         hessian_average=None if values["hessian_average"] == "element" else values["hessian_average"],
+        **{name: values[name] for name in STEP_OPTIONS},
     )
     if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves
         set_bn_momentum(trainer.model, values["bn_momentum"])

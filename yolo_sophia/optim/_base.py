@@ -24,7 +24,7 @@ from yolo_sophia.optim._compat import DEPRECATED, renamed
 from yolo_sophia.optim._ranks import mean_over_ranks
 from yolo_sophia.optim._state import GROUP_KEYS, MOMENTS, StatefulOptimizer
 from yolo_sophia.optim._step import StepOptions, choose_step, hessian_scale
-from yolo_sophia.options import OPTIONS
+from yolo_sophia.options import OPTIONS, STEP_OPTIONS
 
 HESSIAN_AVERAGES: Mapping[str, int] = MappingProxyType({"kernel": 2, "row": 1})
 """Leading dimensions that an averaged estimate keeps; its mean is taken over the others. For a convolution's weight,
@@ -46,11 +46,13 @@ SHARED_DOCS = {
             release.
         hessian_average: {OPTIONS["hessian_average"].doc} Estimates are averaged before they enter h, for every
             parameter of more than 2 (kernel) or 1 (row) dimensions. None (element) in the official release.
-        cautious: {OPTIONS["cautious"].doc} Off in the official release.
         foreach: Use multi-tensor kernels, or (False) one tensor after the other; None chooses by device.""",
-    "auto": f"""hessian_power: {OPTIONS["hessian_power"].doc} 1 in the official release.
-        clip_fraction: {OPTIONS["clip_fraction"].doc} None takes {OPTIONS["clip_fraction"].default}. Groups with a
-            fixed rho ignore it.""",
+    "cautious": f"cautious: {OPTIONS['cautious'].doc}",
+    "step_options": "\n        ".join(
+        f"{name}: {OPTIONS[name].doc} {OPTIONS[name].default} in the official release." for name in STEP_OPTIONS
+    ),
+    "auto": f"""clip_fraction: {OPTIONS["clip_fraction"].doc} None takes {OPTIONS["clip_fraction"].default}. Groups
+            with a fixed rho ignore it.""",
     "state": """State per parameter: `step` (scalar), `exp_avg` (m), `hessian` (h, both of the parameter's shape), and
     `hessian_updates` (int, t above). h is stored in float32 at least; m in the parameter's dtype, but in float32 for
     float16 parameters, whose smallest numbers are too large for it.""",
@@ -127,8 +129,8 @@ class SophiaBase(StatefulOptimizer):
         require(valid, group, "rho", 'a number > 0, or "auto"' if self.scales_hessian else "a number > 0")
         require(group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
         require(group["eps"] > 0, group, "eps", "a number > 0")
-        power = OPTIONS["hessian_power"]
-        require(power.contains(group["hessian_power"]), group, "hessian_power", power.expected)
+        for name in STEP_OPTIONS:
+            require(OPTIONS[name].contains(group[name]), group, name, OPTIONS[name].expected)
         average = group["hessian_average"]
         require(average in (None, *HESSIAN_AVERAGES), group, "hessian_average", f"None or of {[*HESSIAN_AVERAGES]}")
         for p in group["params"]:
@@ -210,17 +212,7 @@ class SophiaBase(StatefulOptimizer):
             if group["bias_correction"]:
                 scales = [x / bias_correction_factor(group, s) for x, s in zip(scales, states)]
             _count([s["step"] for s in states])
-            options = StepOptions(
-                lr=float(group["lr"]),
-                beta1=group["betas"][0],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                bound=bound,
-                eps_is_minimum=self.eps_is_minimum,
-                cautious=group["cautious"],
-                hessian_power=group["hessian_power"],
-            )
+            options = StepOptions.of(group, bound, self.eps_is_minimum)
             m, h = ([s[key] for s in states] for key in MOMENTS)
             choose_step(group, params)(params, grads, m, h, scales, options)
         if self._steps_without_hessian is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from yolo_sophia.optim._compat import reads_old_keys
+from yolo_sophia.options import OPTIONS, STEP_OPTIONS
 
 STATE = ("step", "exp_avg", "hessian", "hessian_updates")
 MOMENTS = ("exp_avg", "hessian")
@@ -25,8 +26,7 @@ GROUP_KEYS: Mapping[str, Any] = MappingProxyType(
         "foreach": None,
         "bias_correction": False,
         "hessian_average": None,
-        "cautious": False,
-        "hessian_power": 1,
+        **{name: OPTIONS[name].default for name in STEP_OPTIONS},
         "clip_fraction": None,  # the fraction that rho is set by; None: rho is fixed
         "rho_measurements": 0,
         "rho_age": 0,  # steps of the momentum at the last measurement

@@ -9,13 +9,15 @@ rescaling of the others, so that lr stays the bound of a coordinate's step). The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from yolo_sophia.options import STEP_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class StepOptions:
     eps_is_minimum: bool = False
     cautious: bool = False
     hessian_power: float = 1
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], bound: float, eps_is_minimum: bool) -> StepOptions:
+        """The settings of a parameter group."""
+        own = {key: group[key] for key in ("weight_decay", "eps", "maximize", *STEP_OPTIONS)}
+        return cls(float(group["lr"]), group["betas"][0], bound=bound, eps_is_minimum=eps_is_minimum, **own)
 
 
 Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float], StepOptions], None]

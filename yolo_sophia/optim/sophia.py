@@ -43,6 +43,7 @@ class DecoupledSophia(SelfEstimatingSophia):
         rho: Bound of the clip, > 0; a coordinate moves by at most lr * rho in a step (before weight decay).
         {seed}
         {options}
+        {cautious}
         deprecated: A name of version 0.1: `fused`.
 
     {state}

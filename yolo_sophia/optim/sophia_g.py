@@ -30,6 +30,7 @@ class SophiaG(SophiaBase):
         eps: Added to the denominator, > 0, as the official code does.
         maximize: Maximize the objective instead of minimizing it.
         {options}
+        {step_options}
         {auto}
         deprecated: Names of version 0.1: `hessian_root`, `fused`.
 

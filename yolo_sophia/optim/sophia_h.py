@@ -45,6 +45,7 @@ class SophiaH(SelfEstimatingSophia):
         n_samples: Hessian-vector products per estimate, >= 1.
         {seed}
         {options}
+        {step_options}
         {auto}
         deprecated: Names of version 0.1: `k`, `probes`, `hessian_root`, `fused`.
 
