@@ -103,7 +103,7 @@ class Watched(DetectionTrainer):
                 index=session.schedule["refresh_index"] - 1,
                 step=len(self.windows),
                 counted=list(self.counted),
-                images=(session.window.images, session.window.staged_images),
+                images=(sum(session.window.batches), session.window.staged_images),
                 raw=torch.cat(
                     [torch.zeros_like(p).flatten() if e is None else e.flatten() for e, p in zip(raw, self.params)]
                 ),
