@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from yolo_sophia import cli
 from yolo_sophia.integration import smoke_test
 from yolo_sophia.integration.smoke_test import QUESTIONS, Answer, NotRunError
 
@@ -57,6 +59,13 @@ def test_a_changed_function_is_named(python, tmp_path):
     assert {rows[name][0] for name in ("curvature", "results.csv", "sophia.png", "resume")} == {"not run"}
     assert rows["other optimizer"][0] == "ok"
     assert "optimizer=SophiaG cannot be used" in done.stdout
+
+
+def test_status_names_the_file_of_the_optimizer(capsys):
+    from yolo_sophia.optim import SophiaG
+
+    cli.main(["status"])
+    assert f"optimizer SophiaG from {inspect.getfile(SophiaG)}\n" in capsys.readouterr().out
 
 
 def answers_of(monkeypatch, child) -> list[Answer]:

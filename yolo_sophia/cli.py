@@ -96,7 +96,7 @@ def status(check: bool = False) -> int:
     versions = {name: _version(name) for name in ("ultralytics", "torch")}
     print(f"yolo-sophia {__version__}, Python {sys.version.split()[0]}")
     print("".join(f"{name} {version or 'is not installed'}, " for name, version in versions.items()).rstrip(", "))
-    print(f"optimizer SophiaG from {Path(__file__).parent / 'optim' / 'sophia.py'}")
+    print(f"optimizer SophiaG from {Path(__file__).parent / 'optim' / 'sophia_g.py'}")
     print(f"autoload: {_autoload_state()}")
     if not versions["ultralytics"]:
         return 1
