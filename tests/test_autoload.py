@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from yolo_sophia import switch
 from yolo_sophia.integration.contract import CONTRACT, MODULES, find
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
@@ -163,14 +164,14 @@ def test_start_imports_next_to_nothing(python):
     assert not {"torch", "ultralytics", "yaml", "typing", "yolo_sophia.integration"} & on
 
 
-def test_line_imports_two_modules(python):
+def test_line_imports_three_small_modules(python):
     code = (
         f"import os, sys; sys.path.append({str(ROOT)!r}); before = set(sys.modules)\n"
         f"exec({PTH.read_text()!r})\n"
         "print(*sorted(set(sys.modules) - before)); print(*sys.meta_path)"
     )
     modules, finders = python("-S", "-I", "-c", code).stdout.splitlines()
-    assert modules.split() == ["yolo_sophia", "yolo_sophia.autoload"]
+    assert modules.split() == ["yolo_sophia", "yolo_sophia.autoload", "yolo_sophia.switch"]
     assert finders.count("_PostImportFinder") == 1
 
 
@@ -448,7 +449,7 @@ def child_of_several_gpus(run: dict[str, Any], install: bool, said: str) -> list
     if install:
         autoload.install()
     module = import_targets()[2]
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", autoload.SWITCH)}
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", switch.SWITCH)}
     for optimizer in ("SophiaG", "torch.optim.Adagrad", "AdamW") if install else ("AdamW",):
         trainer = DetectionTrainer(overrides={**run, "name": optimizer, "optimizer": optimizer})
         trainer.args.device, trainer.world_size, trainer.ddp = "0,1", 2, True
@@ -502,20 +503,19 @@ def test_the_sitecustomize_of_the_user_is_run_too(own, python, tmp_path):
 
 
 def test_children_need_no_help_where_the_line_is_active(monkeypatch):
-    from yolo_sophia import autoload
     from yolo_sophia.integration import children
 
-    monkeypatch.setattr(autoload, "started_at_start", True)
-    monkeypatch.delenv(autoload.SWITCH, raising=False)
+    monkeypatch.setattr(switch, "started_at_start", True)
+    monkeypatch.delenv(switch.SWITCH, raising=False)
     assert not children.needed()
     path = os.environ.get("PYTHONPATH")
     with children.children_know_us():
         assert os.environ.get("PYTHONPATH") == path
-    monkeypatch.setenv(autoload.SWITCH, "0")
+    monkeypatch.setenv(switch.SWITCH, "0")
     assert children.needed()
     with children.children_know_us(), children.children_know_us():
         assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == children.BOOTSTRAP
-    assert os.environ.get("PYTHONPATH") == path and os.environ[autoload.SWITCH] == "0"
+    assert os.environ.get("PYTHONPATH") == path and os.environ[switch.SWITCH] == "0"
 
 
 @pytest.mark.parametrize("has_hooks", [True, False])

@@ -7,8 +7,7 @@ Neither torch nor ultralytics is imported from here. `YOLO_SOPHIA_AUTOLOAD=0` di
 import os
 import sys
 
-SWITCH = "YOLO_SOPHIA_AUTOLOAD"
-"""Environment variable; with 0 the `.pth` line does nothing."""
+from yolo_sophia import switch
 
 TARGETS = (
     "ultralytics.utils",
@@ -19,9 +18,6 @@ TARGETS = (
     "ultralytics.engine.tuner",
 )
 """Modules that are patched, each right after its own code has run."""
-
-started_at_start = False
-"""Whether the hooks were set at interpreter start, as they will be in child processes."""
 
 
 class _PostImportFinder:
@@ -76,9 +72,8 @@ def patch_module(name: str) -> None:
 
 def start() -> None:
     """Set the post-import hooks, unless `YOLO_SOPHIA_AUTOLOAD` is 0; the `.pth` line calls this."""
-    global started_at_start
-    if os.environ.get(SWITCH, "1") != "0":
-        started_at_start = True
+    if os.environ.get(switch.SWITCH, "1") != "0":
+        switch.started_at_start = True
         _hook()
 
 

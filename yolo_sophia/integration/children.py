@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from yolo_sophia import autoload
+from yolo_sophia import switch
 from yolo_sophia.integration.explicit import CHILD
 
-BOOTSTRAP = str(Path(autoload.__file__).parent / "bootstrap")
+BOOTSTRAP = str(Path(switch.__file__).parent / "bootstrap")
 
 _LOCK = threading.Lock()
 _active = 0
@@ -24,7 +24,7 @@ _before: dict[str, str | None] = {}
 
 def needed() -> bool:
     """Whether children of this process start without the hooks."""
-    return not autoload.started_at_start or os.environ.get(autoload.SWITCH, "1") == "0"
+    return not switch.started_at_start or os.environ.get(switch.SWITCH, "1") == "0"
 
 
 @contextmanager
@@ -33,12 +33,12 @@ def children_know_us() -> Iterator[None]:
     global _active
     with _LOCK:
         if not _active:
-            _before.update({name: os.environ.get(name) for name in ("PYTHONPATH", autoload.SWITCH, CHILD)})
+            _before.update({name: os.environ.get(name) for name in ("PYTHONPATH", switch.SWITCH, CHILD)})
             os.environ[CHILD] = "1"
             if needed():
                 path = os.environ.get("PYTHONPATH")
                 os.environ["PYTHONPATH"] = BOOTSTRAP + (os.pathsep + path if path else "")
-                os.environ[autoload.SWITCH] = "1"
+                os.environ[switch.SWITCH] = "1"
         _active += 1
     try:
         yield
@@ -53,6 +53,12 @@ def children_know_us() -> Iterator[None]:
                         os.environ[name] = value
 
 
+def _has_hooks() -> bool:
+    import yolo_sophia  # on a worker
+
+    return yolo_sophia.installed()
+
+
 def require_ray_workers() -> None:
     """Refuse `model.tune(use_ray=True)` where its workers would not know the arguments of this package.
 
@@ -65,12 +71,12 @@ def require_ray_workers() -> None:
     if ray is None or not needed() or not ray.is_initialized():
         return
     try:
-        has_hooks = ray.get(ray.remote(autoload.installed).remote())
+        has_hooks = ray.get(ray.remote(_has_hooks).remote())
     except Exception:  # the package is not there, for example
         has_hooks = False
     if not has_hooks:
         raise RuntimeError(
             "optimizer=SophiaG with use_ray=True: Ray is running already, and its workers start without yolo-sophia. "
-            f"Install yolo-sophia with pip in their environment, without {autoload.SWITCH}=0, or call ray.shutdown() "
+            f"Install yolo-sophia with pip in their environment, without {switch.SWITCH}=0, or call ray.shutdown() "
             "before model.tune()."
         )
