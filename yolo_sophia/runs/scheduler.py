@@ -103,7 +103,7 @@ class RunQueue:
         self._elsewhere: list[tuple[float, Progress]] = []
 
     def take(self) -> Progress | None:
-        """The next training; None where there is none at the moment."""
+        """The next training; None while no training is ready."""
         if self._waiting:
             return self._waiting.pop(0)
         if self._elsewhere and self._elsewhere[0][0] <= time.monotonic():
