@@ -215,6 +215,23 @@ def test_processes_that_decide_differently_are_refused(monkeypatch):
         resolution._check_equal_on_ranks({"lr0": 0.001})
 
 
+def test_copies_of_the_arguments_are_brought_up_to_date(monkeypatch, tmp_path):
+    """args.yaml, and the configuration of a W&B run that was started before the decision."""
+
+    class Config(dict):
+        def update(self, values, allow_val_change):
+            assert allow_val_change
+            super().update(values)
+
+    config = Config(lr0=0.01, epochs=3)
+    monkeypatch.setitem(sys.modules, "wandb", Namespace(run=Namespace(config=config)))
+    (tmp_path / "args.yaml").write_text("lr0: 0.01\n")
+    args = Namespace(**decided())
+    resolution.save_arguments(Namespace(args=args, save_dir=tmp_path))
+    assert config == {"lr0": SCRATCH["lr0"], "epochs": 3}
+    assert yaml.safe_load((tmp_path / "args.yaml").read_text())["lr0"] == SCRATCH["lr0"]
+
+
 def test_untouched_arguments_stay_ultralytics_own():
     args = decided(rho=0.3)
     rest = DEFAULT_CFG_DICT.keys() - OPTIONS.keys() - ULTRALYTICS_ARGS.keys() - {*OUR_KEYS, "optimizer"}

@@ -229,7 +229,7 @@ LOGGERS = {  # logger: package, and what reads back what was logged for sophia/r
         "import mlflow; client = mlflow.MlflowClient()\n"
         "run, = client.search_runs([e.experiment_id for e in client.search_experiments()])\n"
         "print('LOGGED', [m.value for m in client.get_metric_history(run.info.run_id, 'sophia/rho')])\n"
-        "assert run.data.params['optimizer'] == 'SophiaG'",
+        "assert (run.data.params['optimizer'], run.data.params['lr0']) == ('SophiaG', '0.004')",
     ),
     "wandb": (
         "wandb",
@@ -244,6 +244,11 @@ from ultralytics import YOLO, settings
 settings.update({name: name == sys.argv[2] for name in ("tensorboard", "mlflow", "wandb")})
 arguments = json.loads(sys.argv[1])
 model = YOLO(arguments.pop("model"))
+def show_configuration(trainer):
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    print("CONFIGURATION", trainer.args.lr0, run and run.config["lr0"])
+
+model.add_callback("on_train_start", show_configuration)
 model.train(optimizer="SophiaG", rho=0.25, **arguments)
 save_dir = model.trainer.save_dir
 """
@@ -267,6 +272,8 @@ def test_loggers(logger, tiny_run, tmp_path, monkeypatch, python):
     }
     done = python("-c", TRAIN + read, json.dumps(tiny_run), logger, cwd=folder, **environment)
     assert "LOGGED [0.25, 0.25" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    # The preset's rate, and not Ultralytics' default.
+    assert f"CONFIGURATION 0.004 {0.004 if logger == 'wandb' else None}" in done.stdout
 
 
 # pytest-xdist, and notebooks ------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def _start_of(model: str, pretrained: str) -> tuple[bool, frozenset[str]] | None
 def save_arguments(trainer: Any) -> None:
     """Save a trainer's arguments again.
 
-    Ultralytics wrote args.yaml, and Weights & Biases its copy, before the decision.
+    Ultralytics wrote args.yaml before the decision; in versions before 8.4 Weights & Biases has a copy as well.
     """
     from ultralytics.utils import RANK
 
@@ -243,9 +243,10 @@ def save_arguments(trainer: Any) -> None:
         return
     with replacing(path) as partial:
         ultralytics_yaml.save(partial, vars(trainer.args))
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.run.config.update({key: getattr(trainer.args, key) for key in ALL}, allow_val_change=True)
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    if run is not None:
+        copied = {key: getattr(trainer.args, key) for key in ALL if key in run.config}
+        run.config.update(copied, allow_val_change=True)
 
 
 def _check_equal_on_ranks(values: Mapping[str, Any]) -> None:
