@@ -110,7 +110,7 @@ def test_the_line_imports_the_standard_library_only(installed, tmp_path):
         for name in set(done.stdout.split()) - set(bare.stdout.split())
         if name.partition(".")[0] not in sys.stdlib_module_names
     }
-    assert third <= {"yolo_sophia", "yolo_sophia.autoload", "sitecustomize", "usercustomize"}
+    assert third <= {"yolo_sophia", "yolo_sophia.autoload", "yolo_sophia.switch", "sitecustomize", "usercustomize"}
 
 
 # Checkpoints and code -------------------------------------------------------------------------------------------------
