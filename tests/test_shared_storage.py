@@ -166,4 +166,6 @@ def test_the_trials_of_a_machine_that_is_gone_are_finished_by_the_other(server, 
     receipts = list(tmp_path.glob(f"*/out/runs/*/{RECEIPT}"))
     values = sorted(read_curve(receipt.parent)[-1][MAP50_95] for receipt in receipts)
     assert values == pytest.approx(sorted(trial.value for trial in found if trial.value is not None), abs=1e-12)
-    assert f"best: trial {max(found, key=lambda trial: trial.value or 0).number}" in shown
+    # All values of so short a training may be equal: any of the best is right, a trial that is gone is not.
+    complete = {trial.number: trial.value for trial in found if trial.state == TrialState.COMPLETE}
+    assert any(f"best: trial {n}," in shown for n, value in complete.items() if value == max(complete.values()))
