@@ -7,36 +7,44 @@ the same names, so that finished ones are found again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from types import MappingProxyType
 from typing import Any
 
 from yolo_sophia.options import suggestion
 from yolo_sophia.runs import plan as shared
-from yolo_sophia.runs.checks import as_list, is_number
+from yolo_sophia.runs.checks import as_int, as_list, is_int, is_number
 from yolo_sophia.runs.plan import Arm, BasePlan, Key
 from yolo_sophia.runs.run import Run
 from yolo_sophia.runs.words import read
 
 __all__ = ["KEYS", "Arm", "Plan", "parse", "plan_yaml", "runs"]
 
+PER_DATA = ("epochs", "imgsz")
+"""Arguments that a data set may have of its own: the length of its trainings and their image size."""
+
 
 @dataclass(frozen=True)
 class Plan(BasePlan):
-    """A comparison; its keys are described in `KEYS`."""
+    """A comparison; its keys are described in `KEYS`, and `per_data` has the arguments of `PER_DATA` by data YAML."""
 
     reference: str
     target: float | None
     horizons: tuple[float, ...]
     tune_trials: int
     tune_epochs: int | None
+    per_data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def common_on(self, data: str) -> dict[str, Any]:
+        """The Ultralytics arguments of every arm on a data set, those of its own included."""
+        return {**self.common, **self.per_data.get(data, {})}
 
 
 KEYS: Mapping[str, Key] = MappingProxyType(
     {
         "plan": Key("YAML file with these keys, `arms`, and any Ultralytics argument"),
-        "data": Key("data YAML, or several separated by commas"),
+        "data": Key("data YAML, or several separated by commas; in a plan file also a mapping to own epochs and imgsz"),
         "optimizers": Key("arms by name: optimizers, dotted paths, or ready-made arms"),
         "arms": Key("in a plan file: arm names with their own arguments"),
         "seeds": Key("number of seeds, or a list of them (default: 3)", 3),
@@ -70,10 +78,14 @@ def parse(given: Sequence[str] | Mapping[str, Any]) -> Plan:
         ValueError: What is wrong with which key, and what was expected.
     """
     own, arguments = shared.read_keys(read(given, KEYS), KEYS)
+    own["data"], per_data = _split_data(own["data"])
     base = shared.read_base(own, arguments)
     arms = shared.read_arms(own["optimizers"], own["arms"])
     for arm in arms:
-        shared.check_arm(arm, base["common"])
+        for data, settings in {"": {}, **per_data}.items():
+            if both := settings.keys() & arm.arguments.keys():
+                raise ValueError(f"{min(both)} is set for arm {arm.name} and for data={data}: leave out one of them.")
+            shared.check_arm(arm, {**base["common"], **settings})
     names = [arm.name for arm in arms]
     reference = str(own["reference"] or ("AdamW" if "AdamW" in names else names[min(1, len(names) - 1)]))
     if reference not in names:
@@ -86,9 +98,30 @@ def parse(given: Sequence[str] | Mapping[str, Any]) -> Plan:
         reference=reference,
         horizons=tuple(sorted({float(h) for h in horizons}, reverse=True)),
         out=shared.read_out(own, "runs", "compare"),
+        per_data=MappingProxyType(per_data),
         **{key: own[key] for key in ("target", "tune_trials", "tune_epochs", "cut_runs")},
         **base,
     )
+
+
+def _split_data(given: Any) -> tuple[Any, dict[str, Mapping[str, Any]]]:
+    """The data sets, and the arguments that a mapping gives to some of them.
+
+    Raises:
+        ValueError: A data set has other arguments than `PER_DATA`, or no whole number of epochs.
+    """
+    if not isinstance(given, Mapping):
+        return given, {}
+    own = {str(data): settings or {} for data, settings in given.items()}
+    for data, settings in own.items():
+        if not isinstance(settings, Mapping) or settings.keys() - set(PER_DATA):
+            raise ValueError(
+                f"data: {data}: found {settings!r}, expected a mapping with {' and '.join(PER_DATA)}: all else is the "
+                "same for every data set, so that an arm is one method."
+            )
+        if "epochs" in settings and not is_int(1)(as_int(settings["epochs"])):
+            raise ValueError(f"data: {data}: epochs={settings['epochs']!r}: expected a whole number >= 1.")
+    return list(given), {data: MappingProxyType({k: as_int(v) for k, v in s.items()}) for data, s in own.items() if s}
 
 
 def runs(plan: Plan, tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None = None) -> list[Run]:
@@ -101,7 +134,8 @@ def runs(plan: Plan, tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None =
     made = []
     for seed, data, horizon, arm in product(plan.seeds, plan.data, plan.horizons, plan.arms):
         found = (tuned or {}).get((arm.name, data), {})
-        arguments = {**plan.common, **arm.arguments, **found, "epochs": max(1, round(plan.epochs * horizon))}
+        common = plan.common_on(data)
+        arguments = {**common, **arm.arguments, **found, "epochs": max(1, round(common["epochs"] * horizon))}
         made.append(plan.run(arm.name, data, seed, horizon, arguments))
     return made
 
@@ -109,7 +143,7 @@ def runs(plan: Plan, tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None =
 def plan_yaml(plan: Plan) -> str:
     """The plan as a file that `plan=` reads back to the same plan."""
     content: dict[str, Any] = {
-        "data": list(plan.data),
+        "data": {data: plan.per_data.get(data, {}) for data in plan.data} if plan.per_data else list(plan.data),
         "arms": {arm.name: arm.arguments for arm in plan.arms},
         "reference": plan.reference,
         **{key: list(getattr(plan, key)) for key in ("seeds", "horizons", "devices")},

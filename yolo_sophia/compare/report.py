@@ -70,9 +70,10 @@ def badges(result: ComparisonResult) -> list[str]:
     """Short facts that a reader should know before the verdict."""
     plan, states = result.plan, [record.state for record in result.records]
     failed = states.count("failed")
+    lengths = sorted({data.epochs for data in result.data})
     return [
         count(len(plan.seeds), "seed") + (": indicative only" if len(plan.seeds) < ENOUGH else ""),
-        f"{plan.epochs} epochs",
+        f"{lengths[0]} to {lengths[-1]} epochs" if len(lengths) > 1 else f"{lengths[0]} epochs",
         f"{states.count('finished')} of {count(result.planned, 'run')} finished",
         *([f"{failed} failed"] if failed else []),
         *([] if plan.tune_trials else ["untuned: presets and defaults"]),

@@ -95,9 +95,17 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class DataResult:
-    """A data set: its name, the mAP50-95 to reach (None if there is none yet) and its arms, the reference first."""
+    """A data set.
+
+    Attributes:
+        name: Its name.
+        epochs: Epochs of a full run.
+        target: mAP50-95 to reach; None if there is none yet.
+        arms: The arms, the reference first.
+    """
 
     name: str
+    epochs: int
     target: float | None
     arms: tuple[ArmResult, ...]
 
@@ -164,12 +172,11 @@ def compute(
     """
     records = [_record(plan, result) for result in results]
     arms = tuple(sorted((arm.name for arm in plan.arms), key=lambda name: name != plan.reference))
-    names = tuple(map(data_name, plan.data))
     curves = tuple(record.curve for record in records if record.curve)
     ended = {(curve.arm, curve.data, curve.seed, curve.horizon) for curve in curves}
-    planned = [(a, d, s, h) for d in names for a in arms for s in plan.seeds for h in plan.horizons]
+    planned = [(a, d, s, h) for d in map(data_name, plan.data) for a in arms for s in plan.seeds for h in plan.horizons]
     not_ended = tuple(name for name in planned if name not in ended)
-    data = tuple(_data_result(plan, arms, name, records, curves, not_ended) for name in names)
+    data = tuple(_data_result(plan, arms, path, records, curves, not_ended) for path in plan.data)
     targets = {own.name: own.target for own in data}
     records = [_scored(record, targets[record.data]) for record in records]
     comparable = [own for own in data if own.target and all(arm.summary for arm in own.arms)]
@@ -219,12 +226,12 @@ def _scored(record: Record, target: float | None) -> Record:
 def _data_result(
     plan: Plan,
     arms: Sequence[str],
-    data: str,
+    path: str,
     records: Sequence[Record],
     curves: Sequence[Curve],
     not_ended: Sequence[RunName],
 ) -> DataResult:
-    reference, made = plan.reference, []
+    data, reference, made = data_name(path), plan.reference, []
     full = {arm: _full_runs(records, arm, data) for arm in arms}
     target = plan.target or (default_target(curves, reference, data) if full[reference] else None)
     for number, arm in enumerate(arms):
@@ -244,7 +251,7 @@ def _data_result(
                 *_resources([record.result for record in full[arm]]),
             )
         )
-    return DataResult(data, target, tuple(made))
+    return DataResult(data, plan.common_on(path)["epochs"], target, tuple(made))
 
 
 def _full_runs(records: Sequence[Record], arm: str, data: str) -> tuple[Record, ...]:

@@ -50,7 +50,8 @@ def tune_plans(plan: Plan) -> dict[tuple[str, str], TunePlan]:
 def _study(plan: Plan, arm: Arm, data: str) -> TunePlan:
     from yolo_sophia.integration.resolution import validate_arguments
 
-    common = {**plan.common, "epochs": plan.tune_epochs or max(1, plan.epochs // 3)}
+    common = plan.common_on(data)
+    common["epochs"] = plan.tune_epochs or max(1, common["epochs"] // 3)
     arguments = validate_arguments({**common, **arm.arguments})
     space = space_of(arguments)
     own = {"arms": (arm,), "data": (data,), "seeds": (TRIAL_SEED,), "common": MappingProxyType(common)}

@@ -32,14 +32,17 @@ def costs(plan: BasePlan, runs: Sequence[Run], workers: int) -> list[str]:
     threads = plan.cpus or 1 if plan.engine == "ray" else max(1, (os.cpu_count() or 1) // workers)
     given = plan.common.get("batch") or AUTO_BATCH
     batch = int(given) if given >= 1 else AUTO_BATCH
-    size = max(map(int, as_list(plan.common.get("imgsz") or 640)))
+    first = {run.data: run.arguments for run in reversed(runs)}
+    sizes = {data: max(map(int, as_list(own.get("imgsz") or 640))) for data, own in first.items()}
     accumulate = max(1, round(plan.common.get("nbs", 64) / batch))
-    seconds, parameters, gflops = measure_step(str(plan.common["model"]), batch, size, threads)
-    lines = [
-        f"measured: {seconds:.2f} s for one batch of {batch} ({parameters / 1e6:.1f} M parameters, {gflops:.1f} GFLOPs "
-        f"per image), {threads} thread{'s' if threads > 1 else ''}",
-        *[f"batch={given}: AutoBatch chooses the batch of each training; {batch} was measured"] * (given < 1),
-    ]
+    lines, seconds = [], {}
+    for size in sorted(set(sizes.values())):
+        seconds[size], parameters, gflops = measure_step(str(plan.common["model"]), batch, size, threads)
+        lines.append(
+            f"measured: {seconds[size]:.2f} s for one batch of {batch} at {size} px ({parameters / 1e6:.1f} M "
+            f"parameters, {gflops:.1f} GFLOPs per image), {threads} thread{'s' if threads > 1 else ''}"
+        )
+    lines += [f"batch={given}: AutoBatch chooses the batch of each training; {batch} was measured"] * (given < 1)
     total = 0.0
     for data, images in images_of.items():
         if not images:
@@ -47,7 +50,7 @@ def costs(plan: BasePlan, runs: Sequence[Run], workers: int) -> list[str]:
             continue
         batches = math.ceil(images / batch)
         epochs = [int(run.arguments["epochs"]) for run in runs if run.data == data]
-        total += sum(epochs) * batches * seconds
+        total += sum(epochs) * batches * seconds[sizes[data]]
         lines.append(
             f"{data_name(data)}: {images} images, {batches} batches and about {max(1, batches // accumulate)} "
             f"optimizer steps an epoch, {len(epochs)} trainings of {sum(epochs)} epochs together"

@@ -147,7 +147,7 @@ def read_keys(content: Mapping[str, Any], keys: Mapping[str, Key]) -> tuple[dict
     """
     content = dict(content)
     check_known(content.keys() - keys.keys(), "the plan", keys)
-    if missing := [key for key in ("data", "model") if content.get(key) in (None, "", [], ())]:
+    if missing := [key for key in ("data", "model") if content.get(key) in (None, "", [], (), {})]:
         raise ValueError(f"the plan lacks {' and '.join(missing)}: add {' '.join(f'{key}=...' for key in missing)}.")
     own: dict[str, Any] = {}
     for key, spec in keys.items():

@@ -25,7 +25,7 @@ def sections(result: ComparisonResult) -> list[Section]:
 
 
 def _table(plan: Plan, data: DataResult) -> Table:
-    head: list[Cell] = [(f"{h:g} T", f"{max(1, round(plan.epochs * h))} epochs") for h in plan.horizons]
+    head: list[Cell] = [(f"{h:g} T", f"{max(1, round(data.epochs * h))} epochs") for h in plan.horizons]
     rows = [_row(plan, arm) for arm in data.arms]
     caption = f"{data.name}: median final mAP50-95 of full schedules over a fraction of T"
     return Table(caption, ["arm", *head, ("shortest", "to reach the target")], rows)
