@@ -131,6 +131,95 @@ def test_nan_is_not_hidden(way):
     assert p.isnan().tolist() == [True, False, False] and p[1:].tolist() == [-0.5, -0.5]
 
 
+# Factors of lr within a parameter
+
+
+def by_rows(kind: type[SophiaG], rows: bool, steps: int = 12, **settings) -> list[Tensor]:
+    """Two matrices and a vector after some steps: as they are with `row_factors`, or each row with a group's lr."""
+    noise = torch.Generator().manual_seed(0)
+    factors = [torch.tensor([1.0, 20.0, 0.1, 0.0]).view(4, 1, 1, 1), torch.tensor([3.0, 1.0]), None]
+    start = [torch.randn(shape, generator=noise) for shape in [(4, 3, 2, 2), (2,), (5, 3)]]
+    params = [Parameter(p.to(settings.get("dtype", torch.float32))) for p in start]
+    if rows:
+        parts = [[Parameter(row) for row in p.detach().split(1)] for p in params]
+        rates = [[0.01 * (1.0 if f is None else float(f[i])) for i in range(len(p))] for p, f in zip(params, factors)]
+        groups = [{"params": [r], "lr": lr} for rs, lrs in zip(parts, rates) for r, lr in zip(rs, lrs)]
+    else:
+        parts, groups = [[p] for p in params], params
+    settings.pop("dtype", None)
+    optimizer = kind(groups, lr=0.01, betas=(0.8, 0.9), weight_decay=0.5, bias_correction=True, **settings)
+    if not rows:
+        optimizer.row_factors.update({p: f for p, f in zip(params, factors) if f is not None})
+        assert "row_factors" not in optimizer.state_dict()
+    for step in range(steps):
+        drawn = [torch.randn(p.shape, generator=noise) for p in params]
+        split = [piece for d, part in zip(drawn, parts) for piece in d.split(len(d) // len(part))]
+        if step % 4 == 0:
+            optimizer.update_hessian([g.square() for g in split])
+        for p, g in zip((p for part in parts for p in part), split):
+            p.grad = g.to(p.dtype)
+        optimizer.step()
+    return [torch.cat([piece.detach() for piece in part]) for part in parts]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rho": "auto", "clip_fraction": 0.6},
+        {"rho": "auto", "hessian_power": 0.5, "cautious": True},
+        {"kind": Floored, "eps": 0.05, "maximize": True},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=["plain", "auto", "root-cautious", "floor-maximize", "bf16"],
+)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_rows_with_factors_move_as_parameters_with_a_rate_of_their_own(way, settings):
+    settings = {"kind": SophiaG, **settings, **way}
+    assert_close(by_rows(rows=False, **settings), by_rows(rows=True, **settings))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_factor_of_1_changes_no_bit(way):
+    results = []
+    for factor in (None, torch.ones(6, 1)):
+        p = Parameter(torch.linspace(-3, 3, 24).view(6, 4))
+        optimizer = SophiaG([p], lr=0.013, **way)
+        optimizer.row_factors.update({} if factor is None else {p: factor})
+        optimizer.update_hessian([torch.linspace(0, 2, 24).view(6, 4)])
+        for p.grad in torch.randn(5, 6, 4, generator=torch.Generator().manual_seed(0)):
+            optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        SophiaG,
+        SophiaH,
+        lambda params: Sophia(torch.nn.Identity(), None, params),
+        lambda params: DecoupledSophia(params, lambda ps: [None] * len(ps)),
+    ],
+)
+def test_every_class_has_row_factors(make):
+    p = Parameter(torch.zeros(2, 3))
+    optimizer = make([p])
+    assert optimizer.row_factors == {}
+    optimizer.row_factors[p] = torch.tensor([[1.0], [2.0]])
+    optimizer.load_state_dict(optimizer.state_dict())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p + 1).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    moved = p.detach()[:, 0]
+    assert moved[1] == 2 * moved[0] < 0
+
+
 # The choice
 
 

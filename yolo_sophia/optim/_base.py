@@ -55,7 +55,10 @@ SHARED_DOCS = {
             with a fixed rho ignore it.""",
     "state": """State per parameter: `step` (scalar), `exp_avg` (m), `hessian` (h, both of the parameter's shape), and
     `hessian_updates` (int, t above). h is stored in float32 at least; m in the parameter's dtype, but in float32 for
-    float16 parameters, whose smallest numbers are too large for it.""",
+    float16 parameters, whose smallest numbers are too large for it.
+
+    Attribute `row_factors`: a dictionary, parameter -> tensor on its device that broadcasts to its shape, such as
+    (rows, 1, 1, 1). It multiplies lr, weight decay included. It is empty at first and not part of `state_dict()`.""",
 }
 """Parts of the docstrings that classes share; `shares_docs` fills them in."""
 
@@ -76,6 +79,7 @@ class SophiaBase(StatefulOptimizer):
         eps_is_minimum: Whether eps is the smallest value of the denominator, as in the paper, or added to it, as in
             the official code. An estimate that can be negative needs the former.
         scales_hessian: Whether rho scales h, and so can be set by a clip fraction: rho="auto".
+        row_factors: Factors of lr within a parameter; rho="auto" does not depend on them.
     """
 
     eps_is_minimum = True
@@ -214,7 +218,8 @@ class SophiaBase(StatefulOptimizer):
             _count([s["step"] for s in states])
             options = StepOptions.of(group, bound, self.eps_is_minimum)
             m, h = ([s[key] for s in states] for key in MOMENTS)
-            choose_step(group, params)(params, grads, m, h, scales, options)
+            factors = [self.row_factors.get(p) for p in params]
+            choose_step(group, params)(params, grads, m, h, scales, factors, options)
         if self._steps_without_hessian is not None:
             self._warn_without_hessian()
 

@@ -42,9 +42,14 @@ MATURE = 10**6
 class StatefulOptimizer(Optimizer):
     """An optimizer with the state of `STATE` for every parameter, whose dtypes survive loading."""
 
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        self.row_factors: dict[Tensor, Tensor] = {}
+        super().__init__(params, defaults)
+
     def __setstate__(self, state: dict) -> None:
         """Restore a pickled or loaded state; fills in what older checkpoints do not hold."""
         super().__setstate__(state)
+        self.__dict__.setdefault("row_factors", {})  # a pickle does not hold them
         for group in self.param_groups:
             reads_old_keys(group)
             for key, value in GROUP_KEYS.items():

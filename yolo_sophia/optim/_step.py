@@ -4,7 +4,8 @@
     theta <- (1 - lr wd) theta - lr clip(m / denominator(h), bound)
 
 A cautious step omits the coordinates whose update differs in sign from the gradient (arXiv 2411.16085, without the
-rescaling of the others, so that lr stays the bound of a coordinate's step). The arithmetic is in float32 at least.
+rescaling of the others, so that lr stays the bound of a coordinate's step). A factor of lr per row multiplies lr in
+both lines. The arithmetic is in float32 at least.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class StepOptions:
         return cls(float(group["lr"]), group["betas"][0], bound=bound, eps_is_minimum=eps_is_minimum, **own)
 
 
-Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float], StepOptions], None]
+Tensors = list[Tensor]
+Factors = list[Tensor | None]
+Step = Callable[[Tensors, Tensors, Tensors, Tensors, list[float], Factors, StepOptions], None]
 """An implementation: changes params and exp_avgs in place. Its arguments are those of `single_tensor_step`."""
 
 
@@ -104,11 +107,12 @@ def choose_step(group: dict[str, Any], params: Sequence[Tensor]) -> Step:
 
 
 def single_tensor_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hessians: list[Tensor],
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    hessians: Tensors,
     scales: list[float],
+    factors: Factors,
     options: StepOptions,
 ) -> None:
     """Update params and exp_avgs in place, one tensor after the other.
@@ -119,11 +123,12 @@ def single_tensor_step(
         exp_avgs: Momenta m, of the shapes of params.
         hessians: Curvatures h, likewise; read only.
         scales: Factor on h per tensor: rho to the inverse power, times bs, over the bias correction.
+        factors: Factor on lr per tensor, of a shape that broadcasts to the parameter's, or None for 1.
         options: What the tensors share.
     """
     o, sign = options, -1 if options.maximize else 1
     form = {"eps_is_minimum": options.eps_is_minimum, "hessian_power": options.hessian_power}
-    for kept_p, g, kept_m, h, scale in zip(params, grads, exp_avgs, hessians, scales):
+    for kept_p, g, kept_m, h, scale, factor in zip(params, grads, exp_avgs, hessians, scales, factors):
         dtype = working_dtype(kept_p)
         p, g, m, h = (t if t.dtype == dtype else t.to(dtype) for t in (kept_p, g, kept_m, h))
         m.mul_(o.beta1).add_(g, alpha=sign * (1 - o.beta1))
@@ -131,8 +136,13 @@ def single_tensor_step(
         torch.div(m, update, out=update).clamp_(-o.bound, o.bound)
         if o.cautious:
             update.mul_(torch.sign(update * g).mul_(sign).clamp_(min=0))
+        decay = o.lr * o.weight_decay
+        if factor is not None:
+            factor = factor.to(dtype)
+            update.mul_(factor)
+            decay = decay * factor
         if o.weight_decay:
-            p.mul_(1 - o.lr * o.weight_decay)
+            p.mul_(1 - decay)
         p.add_(update, alpha=-o.lr)
         if p is not kept_p:
             kept_p.copy_(p)
@@ -141,23 +151,25 @@ def single_tensor_step(
 
 
 def foreach_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hessians: list[Tensor],
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    hessians: Tensors,
     scales: list[float],
+    factors: Factors,
     options: StepOptions,
 ) -> None:
     """Update params and exp_avgs in place with multi-tensor kernels; arguments as in `single_tensor_step`.
 
-    A step is a fixed number of kernel launches per device and dtype and never waits for the device. One copy of the
-    parameters is alive meanwhile, two where it is cautious; 16-bit tensors are copied to float32 as well.
+    A step is a fixed number of kernel launches per device and dtype and never waits for the device; tensors with
+    factors add some. One copy of the parameters is alive meanwhile, two where it is cautious; 16-bit tensors are
+    copied to float32 as well.
     """
     o, sign = options, -1 if options.maximize else 1
     form = {"eps_is_minimum": options.eps_is_minimum, "hessian_power": options.hessian_power}
-    for *bucket, scale in _buckets(params, grads, exp_avgs, hessians, scales):
+    for *bucket, factor, scale in _buckets(params, grads, exp_avgs, hessians, scales, factors):
         dtype = working_dtype(bucket[0][0])
-        p, g, m, h = ([t.to(dtype) for t in tensors] for tensors in bucket)
+        p, g, m, h, f = ([t.to(dtype) for t in tensors] for tensors in (*bucket, factor))
         torch._foreach_mul_(m, o.beta1)
         torch._foreach_add_(m, g, alpha=sign * (1 - o.beta1))
         update = denominator(h, [scale] * len(h), o.eps, **form)
@@ -171,8 +183,13 @@ def foreach_step(
             torch._foreach_mul_(mask, sign)
             torch._foreach_clamp_min_(mask, 0)
             torch._foreach_mul_(update, mask)
+        kept_share: Any = 1 - o.lr * o.weight_decay
+        if f:
+            torch._foreach_mul_(update, f)
+            kept_share = torch._foreach_mul(f, -o.lr * o.weight_decay)
+            torch._foreach_add_(kept_share, 1)
         if o.weight_decay:
-            torch._foreach_mul_(p, 1 - o.lr * o.weight_decay)
+            torch._foreach_mul_(p, kept_share)
         torch._foreach_add_(p, update, alpha=-o.lr)
         for kept, changed in ((bucket[0], p), (bucket[2], m)):
             if kept[0] is not changed[0]:
@@ -180,17 +197,18 @@ def foreach_step(
 
 
 def _buckets(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    hessians: list[Tensor],
-    scales: list[float],
-) -> Iterable[tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], float]]:
-    """Group the tensors of a step by device, dtypes and scale; usually all of a parameter group are of one kind."""
-    kinds = [(p.device, p.dtype, m.dtype, h.dtype, s) for p, m, h, s in zip(params, exp_avgs, hessians, scales)]
-    columns = (params, grads, exp_avgs, hessians)
-    if len(different := dict.fromkeys(kinds)) == 1:
-        yield *columns, scales[0]
-        return
-    for kind in different:
-        yield *([t for t, k in zip(column, kinds) if k == kind] for column in columns), kind[-1]
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, hessians: Tensors, scales: list[float], factors: Factors
+) -> Iterable[tuple[Tensors, Tensors, Tensors, Tensors, Tensors, float]]:
+    """Group the tensors of a step by device, dtypes, scale and whether they have factors; without them, [] for these.
+
+    Usually all of a parameter group are of one kind.
+    """
+    columns = (params, grads, exp_avgs, hessians, factors)
+    kinds = [
+        (p.device, p.dtype, m.dtype, h.dtype, f is not None, s)
+        for p, m, h, f, s in zip(params, exp_avgs, hessians, factors, scales)
+    ]
+    for kind in (different := dict.fromkeys(kinds)):
+        same = len(different) == 1
+        bucket = [column if same else [t for t, k in zip(column, kinds) if k == kind] for column in columns]
+        yield *bucket[:-1], [f for f in bucket[-1] if f is not None], kind[-1]
