@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from yolo_sophia.integration.auto_lr import factor_for, rate_for
 from yolo_sophia.integration.auto_preset import FEWER_STEPS, choose_preset, optimizer_steps
 from yolo_sophia.integration.explicit import MARKER
 from yolo_sophia.integration.measure import count_images
-from yolo_sophia.integration.provenance import (
-    names_for_workers,
-    starts_from_weights,
-    tensors_from_weights,
-    weight_names,
-)
 from yolo_sophia.options import ALL
 from yolo_sophia.presets import preset_names
 
@@ -200,29 +193,6 @@ def test_the_names_of_the_weights_follow_the_loads(form, trained, tiny_run, tiny
     count, known = len(content["names"]), 2
     expected = 0.00012 if has_weights and 2 * known >= count else round(0.01 / (4 + count), 6)
     assert args["lr0"] == (expected if has_weights else 0.004)
-
-
-def test_the_names_of_the_weights_reach_the_workers_of_several_gpus(trained, tiny_model):
-    """They get the model itself, which has loaded nothing in their process; nobody else gets the names."""
-    model = YOLO(tiny_model).model
-    model.load(torch.load(trained, weights_only=False))
-    unpickled = deepcopy(model)
-    with names_for_workers(model):
-        assert weight_names(unpickled) == weight_names(model) == {"cat", "dog", "person"}
-    assert weight_names(unpickled) == frozenset()
-
-
-def test_tensors_that_came_from_weights(trained, tiny_model):
-    """A fresh model has none; after a load, all but those of another shape."""
-    fresh = YOLO(tiny_model).model
-    assert tensors_from_weights(fresh) == {"model.22.dfl.conv.weight"}  # a constant of the architecture
-    assert not starts_from_weights(fresh)
-    fresh.load(torch.load(trained, weights_only=False))
-    assert starts_from_weights(fresh)
-    assert {"model.0.conv.weight", "model.0.bn.weight", "model.22.cv2.0.0.conv.weight"} <= tensors_from_weights(fresh)
-    wide = YOLO("yolov8n.yaml").model
-    wide.load(fresh)
-    assert not starts_from_weights(wide)
 
 
 @pytest.mark.parametrize(

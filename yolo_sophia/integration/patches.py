@@ -103,9 +103,9 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
         def wrapper(self, *args, **kwargs):
             if not _keys_for(self.args.optimizer):
                 return original(self, *args, **kwargs)
-            from yolo_sophia.integration.provenance import names_for_workers
+            from yolo_sophia.integration.provenance import provenance_for_workers
 
-            with children_know_us(), names_for_workers(self.model):
+            with children_know_us(), provenance_for_workers(self.model):
                 return original(self, *args, **kwargs)
 
         return wrapper
@@ -150,15 +150,24 @@ def _patch_model(patches: PatchSet, module: ModuleType) -> None:
 def _patch_tasks(patches: PatchSet, module: ModuleType) -> None:
     def load(original: Callable) -> Callable:
         def wrapper(self, weights, *args, **kwargs):
-            result = original(self, weights, *args, **kwargs)
-            from yolo_sophia.integration.provenance import note_load
+            from yolo_sophia.integration.loads import recorded_load
 
-            note_load(self, weights)
+            return recorded_load(original, self, weights, *args, **kwargs)
+
+        return wrapper
+
+    def parse_model(original: Callable) -> Callable:
+        def wrapper(*args, **kwargs):
+            from yolo_sophia.integration.loads import note_built
+
+            result = original(*args, **kwargs)
+            note_built(result[0])
             return result
 
         return wrapper
 
     patches.replace(module.BaseModel, "load", load)
+    patches.replace(module, "parse_model", parse_model)
 
 
 def _patch_tuner(patches: PatchSet, module: ModuleType) -> None:

@@ -1,64 +1,184 @@
-"""What a model's weights are: which tensors came from a checkpoint, and the class names of that checkpoint.
+"""Which parameters of a model came from weights, row by row, and which are new.
 
-Both are read from the model and from the loads that took place, and never from how the run names its model: YAML plus
-`.load()`, `pretrained=False`, `reset_weights()` and a file without suffix all end in the same place.
+It is read from the loads that took place (loads.py), and where none was seen from the tensors (initial_values.py);
+never from how the run names its model: YAML plus `.load()`, `pretrained=False`, `reset_weights()` and a file without
+suffix all end in the same place.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from yolo_sophia.integration.modules import trained_part
+from yolo_sophia.integration.initial_values import Rows
+from yolo_sophia.integration.loads import LoadRecord, is_known, record_of
+from yolo_sophia.integration.modules import class_layers, trained_part
 
-NAMES_VARIABLE = "YOLO_SOPHIA_WEIGHT_NAMES"
-"""Environment variable that takes the class names of loaded weights to the workers of a multi-GPU run."""
+LOADS, RECORDED, TENSORS = "loads", "recorded", "tensors"
 
-_LOADED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+POSITION_ROWS_ARE_NEW = False
+"""Whether class rows that were copied by position, from a class of another name, count as new."""
+
+VARIABLE = "YOLO_SOPHIA_PROVENANCE"
+"""Environment variable that takes the provenance of a model to the workers of a multi-GPU run."""
 
 
-def note_load(model: nn.Module, weights: Any) -> None:
-    """Remember the class names of the weights that a model has just loaded.
+@dataclass(frozen=True)
+class ClassRows:
+    """Where the class rows, the outputs of the class layers, came from.
 
-    Names follow a chain of loads: `YOLO("x.yaml").load("w.pt").train()` loads twice, and the module in the middle has
-    the placeholder names of its YAML.
+    It describes what Ultralytics did. Ultralytics 8.4 copies the rows whose class names match. If no name matches, if
+    either model has placeholder names or under `cls_remap=False`, it copies all rows by position where the numbers of
+    classes are equal, and none otherwise. Rows without a match stay random as soon as one name matches. Ultralytics
+    8.3 knows no names: all rows by position, or none.
+
+    Attributes:
+        by_name: Classes whose row stood for a class of the same name in the weights.
+        by_position: Classes whose row was copied with the same index from a class of another name.
+        new: Classes whose row was not copied.
+    """
+
+    by_name: tuple[int, ...]
+    by_position: tuple[int, ...]
+    new: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which parameters did not come from weights.
+
+    Attributes:
+        new: By parameter name: the rows (first dimension) that did not come from weights; None: the whole tensor. A
+            parameter that came from weights is not in it. Input channels that were copied in part count as copied.
+        origin: "loads" (read from the loads that took place), "recorded" (in the arguments of a resumed run) or
+            "tensors" (no load was seen: initial biases, BatchNorm buffers).
+        class_rows: Where the class rows came from; None where the head has none, or where it is not known.
+    """
+
+    new: Mapping[str, Rows]
+    origin: str
+    class_rows: ClassRows | None
+
+
+def provenance_of(model: nn.Module) -> Provenance:
+    """The provenance of a model's parameters, before its first training step.
+
+    A row is new if it was new in the module that it was copied from. A copy of a module (`deepcopy`, the EMA) has no
+    record; its tensors are read.
 
     Args:
-        model: The module that was loaded into.
-        weights: A module, or a checkpoint with one under `ema` or `model`.
+        model: The model, its DistributedDataParallel or compiled wrapper, or a distillation (its student is meant).
     """
-    source = (weights.get("ema") or weights.get("model")) if isinstance(weights, dict) else weights
-    if isinstance(source, nn.Module):
-        _LOADED[model] = _LOADED.get(source, lower_names(getattr(source, "names", None)))
-
-
-def weight_names(model: nn.Module) -> frozenset[str]:
-    """Class names of the weights that a model has loaded, in lower case; none where no load was seen."""
     model = trained_part(model)
-    if model in _LOADED:
-        return _LOADED[model]
-    return lower_names(json.loads(os.environ.get(NAMES_VARIABLE, "[]")))
+    text = os.environ.get(VARIABLE)
+    if text and not is_known(model):
+        there = {name for name, _ in model.named_parameters()}
+        found = replace(decode(text), origin=LOADS)
+        if found.new.keys() <= there:
+            return found
+    record = record_of(model)
+    rows = _class_rows(model, record)
+    new = dict(record.new)
+    if POSITION_ROWS_ARE_NEW and rows is not None and rows.by_position:
+        for path, layer in class_layers(model).items():
+            for name in (f"{path}.{own}" for own, _ in layer.named_parameters()):
+                kept = new.get(name, ())
+                new[name] = None if kept is None else tuple(sorted({*kept, *rows.by_position}))
+    return Provenance(new, LOADS if record.is_seen else TENSORS, rows)
+
+
+def _class_rows(model: nn.Module, record: LoadRecord) -> ClassRows | None:
+    layers = class_layers(model)
+    if not layers:
+        return None
+    count = len(next(iter(layers.values())).weight)
+    new: set[int] = set()
+    for path in layers:
+        rows = record.new.get(f"{path}.weight", ())
+        new.update(range(count) if rows is None else rows)
+    copied = [k for k in range(count) if k not in new]
+    if copied and (not record.is_seen or len(record.class_names) != count):
+        return None
+    names = getattr(model, "names", None) or {}
+    names = names if isinstance(names, dict) else dict(enumerate(names))
+    by_name = [k for k in copied if _plain(record.class_names[k]) == _plain(names.get(k))]
+    return ClassRows(tuple(by_name), tuple(k for k in copied if k not in by_name), tuple(sorted(new)))
+
+
+def _plain(name: Any) -> str:
+    return str(name).strip().lower()
+
+
+def starts_from_weights(model: nn.Module) -> bool:
+    """Whether most of a model's weights came from a checkpoint."""
+    model = trained_part(model)
+    new = provenance_of(model).new
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+    return 2 * sum(size for name, size in sizes.items() if new.get(name, ()) is not None) > sum(sizes.values())
+
+
+def encode(provenance: Provenance) -> str:
+    """A provenance as compact JSON, for the arguments of a run; `decode` reads it."""
+    groups: dict[str | None, list[str]] = {}
+    for name, rows in provenance.new.items():
+        groups.setdefault(None if rows is None else _ranges(rows), []).append(name)
+    rows = provenance.class_rows
+    classes = None if rows is None else [_ranges(rows.by_name), _ranges(rows.by_position), _ranges(rows.new)]
+    new = [[key, " ".join(names)] for key, names in groups.items()]
+    return json.dumps({"new": new, "classes": classes}, separators=(",", ":"))
+
+
+def decode(text: str) -> Provenance:
+    """The provenance that `encode` wrote; its origin is "recorded".
+
+    Raises:
+        ValueError: The text is of another form.
+    """
+    try:
+        content = json.loads(text)
+        new = {name: None if key is None else _rows(key) for key, names in content["new"] for name in names.split()}
+        classes = content["classes"]
+        return Provenance(new, RECORDED, None if classes is None else ClassRows(*map(_rows, classes)))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"new rows {text[:80]!r}: expected JSON as yolo_sophia.integration.provenance.encode writes it. Remove the "
+            "argument to have them read from the model."
+        ) from error
+
+
+def _ranges(rows: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) as "0-2,5"."""
+    parts: list[list[int]] = []
+    for row in sorted(rows):
+        if parts and row == parts[-1][-1] + 1:
+            parts[-1][1:] = [row]
+        else:
+            parts.append([row])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",") if part]
+    return tuple(row for part in ends for row in range(part[0], part[-1] + 1))
 
 
 @contextmanager
-def names_for_workers(model: Any) -> Iterator[None]:
-    """Hand the class names of a model's weights on to processes that are started meanwhile."""
-    if not isinstance(model, nn.Module) or not (names := weight_names(model)):
+def provenance_for_workers(model: Any) -> Iterator[None]:
+    """Hand a model's provenance on to processes that are started meanwhile: they get the model without its record."""
+    if not isinstance(model, nn.Module) or not is_known(trained_part(model)):
         yield
         return
-    os.environ[NAMES_VARIABLE] = json.dumps(sorted(names))
+    os.environ[VARIABLE] = encode(provenance_of(model))
     try:
         yield
     finally:
-        del os.environ[NAMES_VARIABLE]
+        os.environ.pop(VARIABLE, None)
 
 
 def listed_names(names: Any) -> tuple[str, ...]:
@@ -69,53 +189,3 @@ def listed_names(names: Any) -> tuple[str, ...]:
 def lower_names(names: Any) -> frozenset[str]:
     """The same in lower case."""
     return frozenset(map(str.lower, listed_names(names)))
-
-
-def starts_from_weights(model: nn.Module) -> bool:
-    """Whether most of a model's weights came from a checkpoint."""
-    model = trained_part(model)
-    found = tensors_from_weights(model)
-    sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
-    return 2 * sum(size for name, size in sizes.items() if name in found) > sum(sizes.values())
-
-
-def tensors_from_weights(model: nn.Module) -> set[str]:
-    """Names of the parameters that are not at their random initial values.
-
-    The running means of BatchNorm are exactly 0 until a model sees an image: the pass that measures the strides sees
-    zeros. They speak for their own layer and for the layers beside it in the same block. A layer without BatchNorm
-    beside it is recognised by a weight outside of PyTorch's initial range, +-1 / sqrt(fan_in).
-
-    Args:
-        model: The bare model, before its first training step.
-    """
-    found: set[str] = set()
-    for prefix, parent in model.named_modules():
-        children = dict(parent.named_children())
-        norms = {name: m for name, m in children.items() if _has_statistics(m)}
-        is_trained = any(not _is_initial(m) for m in norms.values())
-        for name, child in children.items():
-            if next(child.children(), None) is not None:
-                continue
-            trained = not _is_initial(child) if name in norms else is_trained if norms else _left_initial_range(child)
-            if trained:
-                path = f"{prefix}.{name}" if prefix else name
-                found |= {f"{path}.{own}" for own, _ in child.named_parameters()}
-    return found
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-
-
-def _is_initial(norm: nn.Module) -> bool:
-    return not bool(norm.running_mean.any())
-
-
-def _left_initial_range(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(module, nn.Embedding):
-        return False
-    bound = 1 / math.sqrt(weight[0].numel())
-    with torch.no_grad():
-        return bool(weight.abs().max() > bound * 1.01)  # weights are saved in float16

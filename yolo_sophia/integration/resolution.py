@@ -32,7 +32,7 @@ from yolo_sophia.integration.auto_preset import CANDIDATES, choose_preset, optim
 from yolo_sophia.integration.explicit import MARKER, Record
 from yolo_sophia.integration.external_optimizer import is_path
 from yolo_sophia.integration.measure import read_data
-from yolo_sophia.integration.provenance import listed_names, lower_names, starts_from_weights, weight_names
+from yolo_sophia.integration.provenance import listed_names, lower_names, provenance_of, starts_from_weights
 from yolo_sophia.options import ALL, AUTO, HUTCHINSON, OPTIONS, ULTRALYTICS_ARGS, suggestion
 from yolo_sophia.presets import Preset, load_preset
 
@@ -45,7 +45,7 @@ class Facts:
         from_weights: Whether it starts from trained weights.
         steps: Optimizer steps; None where they are unknown.
         names: Class names of its data.
-        weight_names: Class names of its weights, in lower case.
+        weight_names: Class names that its weights know, in lower case.
     """
 
     from_weights: bool
@@ -185,13 +185,10 @@ def start_search(args: dict[str, Any], space: Mapping[str, Any]) -> None:
 def facts_of(trainer: Any, call: Mapping[str, Any]) -> Facts:
     """What the settings depend on, read from a trainer whose model is built."""
     data = trainer.data if isinstance(getattr(trainer, "data", None), dict) else {}
-    from_weights = starts_from_weights(call["model"])
-    return Facts(
-        from_weights,
-        steps=None if trainer.args.time else int(call["iterations"]),
-        names=listed_names(data.get("names")),
-        weight_names=weight_names(call["model"]) if from_weights else frozenset(),
-    )
+    names, rows = listed_names(data.get("names")), provenance_of(call["model"]).class_rows
+    known = [names[k] for k in rows.by_name if k < len(names)] if rows else ()
+    steps = None if trainer.args.time else int(call["iterations"])
+    return Facts(starts_from_weights(call["model"]), steps, names, lower_names(known))
 
 
 def preview(arguments: Mapping[str, Any], explicit: Iterable[str]) -> Resolved:
