@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from pathlib import Path
+from statistics import NormalDist, stdev
 
+import numpy as np
 import pytest
 
+from yolo_sophia.compare.aggregate import RESAMPLES, aggregate, iqm, seeds_needed
+from yolo_sophia.compare.pairwise import cost_ratio, final_difference
 from yolo_sophia.compare.plan import parse, plan_yaml, runs
+from yolo_sophia.compare.score import Curve
+from yolo_sophia.compare.statistics import compute
 from yolo_sophia.compare.tuning import tune_plans
 from yolo_sophia.runs import estimate
+from yolo_sophia.runs.results import MAP50, MAP50_95, RunResult
 
 OWN = "data:\n  a.yaml: {epochs: 20, imgsz: 96}\n  b.yaml:\n"
 REST = "model: m.pt\noptimizers: [SophiaG, AdamW]\nepochs: 10\nimgsz: 64\nseeds: 1\n"
@@ -75,3 +84,175 @@ def test_a_step_is_measured_at_every_image_size(tmp_path, monkeypatch):
     ]  # fmt: skip
     # Two arms: a 2 x 20 epochs of 2 batches of 1.5 s, b 2 x 10 epochs of 20 batches of 1 s.
     assert f"time: about {estimate.duration(120 + 400)} " in lines[-1]
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+SCORES = {
+    "A": {"x": [0.98, 1.0, 1.03], "y": [0.9, 1.0, 1.2], "z": [1.0, 1.0, 1.01]},
+    "S": {"x": [1.1, 1.0, 1.2], "y": [1.3, 0.7, 0.0], "z": [1.0, 1.2, 0.99]},
+}
+
+
+def of(arm: str, scores=SCORES):
+    (found,) = (one for one in aggregate(scores, "A") if one.arm == arm)
+    return found
+
+
+@pytest.mark.parametrize("size", [*range(1, 13), 30])
+def test_interquartile_mean_is_the_trimmed_mean_of_scipy(size):
+    trim_mean = pytest.importorskip("scipy.stats").trim_mean
+    rng = np.random.default_rng(size)
+    values = rng.normal(size=size).round(1)  # with ties
+    counts = rng.multinomial(size, np.full(size, 1 / size), size=50)
+    wanted = [trim_mean(np.repeat(values, row), 0.25) for row in (np.ones(size, int), *counts)]
+    assert iqm(values, np.vstack([np.ones(size, int), counts])) == pytest.approx(wanted)
+
+
+def test_values_over_all_data_sets_by_hand():
+    # S sorted: 0 .7 | .99 1 1 1.1 1.2 | 1.2 1.3; a quarter of 9 is 2 whole runs.
+    assert of("S").iqm.value == pytest.approx((0.99 + 1 + 1 + 1.1 + 1.2) / 5)
+    # Pairs of runs above, equal ends half: x 3 + 1.5 + 3, y 3 + 0 + 0, z 1 + 3 + 0, of 9 each.
+    wins = []
+    for data in "xyz":
+        pairs = list(product(SCORES["S"][data], SCORES["A"][data]))
+        wins.append(sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs))
+    assert wins == pytest.approx([7.5 / 9, 3 / 9, 4 / 9]) and of("A").improvement is None
+    assert of("S").improvement.value == pytest.approx(sum(wins) / 3)
+    shares = dict(zip(of("S").taus, of("S").shares))
+    for tau, share in shares.items():
+        assert share == pytest.approx(np.mean([np.mean(np.array(own) > tau) for own in SCORES["S"].values()]))
+    assert of("S").shares[0] == 1 and of("S").shares[-1] == 0 and of("A").taus == of("S").taus
+
+
+def test_intervals_are_those_of_a_bootstrap_that_resamples_every_data_set_and_arm():
+    """Against a plain loop over resamples."""
+    rng = np.random.default_rng(5)
+    means, better, above = [], [], []
+    tau = of("S").taus[60]
+    for _ in range(RESAMPLES):
+        own, base = ([rng.choice(one, len(one)) for one in SCORES[arm].values()] for arm in "SA")
+        means.append(np.sort(np.concatenate(own))[2:-2].mean())
+        pairs = [np.sign(a[:, None] - b).mean() / 2 + 0.5 for a, b in zip(own, base)]
+        better.append(np.mean(pairs))
+        above.append(np.mean([np.mean(one > tau) for one in own]))
+    got = of("S")
+    for drawn, interval in ((means, got.iqm), (better, got.improvement)):
+        assert (interval.low, interval.high) == pytest.approx(
+            np.quantile(drawn, [0.025, 0.975]), abs=0.019
+        )  # steps of 1/54
+    assert (got.lows[60], got.highs[60]) == pytest.approx(np.quantile(above, [0.025, 0.975]), abs=1e-6)
+    assert of("S") == got  # no chance in the result
+
+
+def test_data_sets_count_alike_whatever_their_number_of_runs():
+    scores = {"A": {"x": [1.0, 1.0], "y": [1.0, 1.0]}, "S": {"x": [2.0] * 8, "y": [0.5] * 2}}
+    assert of("S", scores).improvement.value == 0.5 and of("S", scores).direction == 0
+    assert set(of("S", scores).shares) == {0, 0.5, 1}
+
+
+def test_direction_and_single_runs():
+    for sign in (1, -1):
+        apart = {"A": {"x": [1.0, 1.1], "y": [1.0, 1.1]}, "S": {"x": [1 + sign] * 2, "y": [1 + sign] * 2}}
+        assert of("S", apart).direction == sign and of("A", apart).direction == 0
+    single = of("S", {"A": {"x": [1.0], "y": [1.0, 1.1]}, "S": {"x": [2.0], "y": [2.0, 2.0]}})
+    assert single.improvement.low is None and single.iqm.high is None and not single.lows and single.direction == 0
+    same = of("S", {"A": {"x": [1.0, 1.0]}, "S": {"x": [1.0, 1.0]}})
+    assert same.improvement.value == 0.5 and same.direction == 0
+
+
+@pytest.mark.parametrize(
+    ("scatter", "difference"), [(0.01, 0.01), (0.02, 0.01), (0.05, 0.01), (0.004, 0.01), (0.03, 0.02)]
+)
+def test_number_of_seeds_has_the_power_of_a_paired_t_test(scatter, difference):
+    stats = pytest.importorskip("scipy.stats")
+
+    def power(seeds: int) -> float:
+        limit, shift = stats.t.ppf(0.975, seeds - 1), difference / scatter * math.sqrt(seeds)
+        return stats.nct.sf(limit, seeds - 1, shift) + stats.nct.cdf(-limit, seeds - 1, shift)
+
+    seeds = seeds_needed(scatter, difference)
+    assert power(seeds) > 0.79 and (seeds < 5 or power(seeds - 1) < 0.805)
+
+
+def test_number_of_seeds_of_a_simulated_study():
+    """Power by brute force: share of studies whose interval of Student's t excludes 0."""
+    seeds, rng = seeds_needed(0.015, 0.01), np.random.default_rng(0)
+    assert seeds == 20  # (1.960 + .842)^2 * 2.25 + 1.921 = 19.6
+    gaps = rng.normal(0.01, 0.015, size=(4000, seeds))
+    shown = np.abs(gaps.mean(axis=1)) > 2.0930 * gaps.std(axis=1, ddof=1) / math.sqrt(seeds)  # t(19)
+    assert shown.mean() == pytest.approx(0.8, abs=0.02)
+    assert seeds_needed(0.0, 0.01) == 2 and NormalDist().inv_cdf(0.8) == pytest.approx(0.8416, abs=1e-4)
+
+
+def results_of(plan, finals: dict[tuple[str, str], list[float | None]]) -> list[RunResult]:
+    """Runs of 10 epochs that rise in equal steps to these finals, by arm and data set; None: failed after an epoch."""
+    made = []
+    for run in runs(plan):
+        final = finals[run.arm, run.data][run.seed]
+        rows = tuple(
+            {"epoch": e, "steps": 10 * e, "images": 160 * e, "seconds": 10.0 * e, MAP50_95: v, MAP50: min(1.5 * v, 1)}
+            for e in range(1, 11)
+            for v in [(final or 0.1) * e / 10]
+        )
+        receipt = {"args": dict(run.arguments), "wall_seconds": 1.0}
+        made.append(RunResult(run, rows, receipt, None) if final is not None else RunResult(run, rows[:1], None, "no"))
+    return made
+
+
+FINALS = {
+    ("A", "x.yaml"): [0.50, 0.52, 0.49], ("S", "x.yaml"): [0.55, 0.571, 0.541],
+    ("A", "y.yaml"): [0.10, 0.11, 0.12], ("S", "y.yaml"): [0.11, 0.11, 0.11],
+    ("A", "z.yaml"): [0.80, 0.80, 0.81], ("S", "z.yaml"): [0.70, 0.70, None],
+}  # fmt: skip
+
+
+def make_plan(tmp_path, data: str = "x.yaml,y.yaml,z.yaml", **changes):
+    arms = {"S": {"optimizer": "SophiaG"}, "A": {"optimizer": "AdamW"}}
+    given = {"data": data, "model": "m.pt", "arms": arms, "reference": "A", "epochs": 10, "out": str(tmp_path)}
+    return parse({**given, **changes})
+
+
+def test_scores_of_a_comparison(tmp_path):
+    plan = make_plan(tmp_path)
+    result = compute(plan, results_of(plan, FINALS))
+    own = {one.arm: one for one in result.aggregates}
+    assert list(own) == ["A", "S"] and result.not_comparable == ()
+    scores = {
+        arm: {d: [(v or 0) / m for v in FINALS[arm, f"{d}.yaml"]] for d, m in zip("xyz", (0.5, 0.11, 0.8))}
+        for arm in "AS"
+    }
+    assert own["S"] == of("S", scores)  # a failed run scores 0
+    outcomes = [data.arms[1].difference.outcome for data in result.data]
+    assert outcomes == ["win", "tie", "loss"]
+    gaps = [0.05, 0.051, 0.051]
+    assert result.data[0].arms[1].difference.scatter == pytest.approx(stdev(gaps))
+    one = compute(make_plan(tmp_path, "x.yaml"), results_of(make_plan(tmp_path, "x.yaml"), FINALS))
+    assert one.aggregates == () and one.profiles == {}
+    alone = [r for r in results_of(plan, FINALS) if r.run.seed == 0]
+    assert {data.arms[1].difference.outcome for data in compute(plan, alone).data} == {"open"}
+
+
+def test_data_sets_without_every_arm_are_left_out(tmp_path):
+    plan = make_plan(tmp_path)
+    results = [r for r in results_of(plan, FINALS) if (r.run.arm, r.run.data) != ("S", "z.yaml")]
+    found = compute(plan, results)
+    assert found.not_comparable == ("z",) and len(found.aggregates) == 2
+    results = [r for r in results if (r.run.arm, r.run.data) != ("A", "y.yaml")]
+    assert compute(plan, results).aggregates == ()
+
+
+def test_second_target(tmp_path):
+    """Of runs of ten epochs, one that rises to .50 reaches .485 = .97 x .5 in the tenth, one to .571 in the ninth."""
+    plan = make_plan(tmp_path, "x.yaml")
+    (data,) = compute(plan, results_of(plan, FINALS)).data
+    assert (data.target, data.near) == (0.5, pytest.approx(0.485))
+    reference, arm = data.arms
+    assert reference.summary.missed == 1 and reference.near_steps == 100 and reference.near is None
+    assert arm.near_steps == 90 and arm.near.missed == (0, 0) and arm.near.value == pytest.approx(0.9)
+    curves = [Curve.of(result) for result in results_of(plan, FINALS)]
+    assert arm.near == cost_ratio(curves, "S", "A", "x", share=0.97) and arm.near.share == 0.97
+    assert arm.difference == final_difference(curves, "S", "A", "x")
+    plan = make_plan(tmp_path, "x.yaml", target=0.5)
+    (data,) = compute(plan, results_of(plan, FINALS)).data
+    assert data.near is None and data.arms[1].near is None and data.arms[1].near_steps is None

@@ -263,12 +263,12 @@ def test_runs_that_did_not_finish_are_shown(whole):
 
 
 def test_statistics_are_computed_once(tmp_path, monkeypatch):
-    """The sections render numbers: the bootstrap runs once for each arm, data set and axis."""
+    """The sections render numbers: the bootstrap runs once for each arm, data set and axis, and the easier target."""
     made, median_ratio = [], pairwise_statistics.median_ratio
     monkeypatch.setattr(pairwise_statistics, "median_ratio", lambda ratios: made.append(ratios) or median_ratio(ratios))
     plan = make_plan(tmp_path, data=("bccd.yaml", "kitti.yaml"), horizons=(1.0, 0.5))
     write_report(plan, make_results(plan), tmp_path)
-    assert len(made) == 2 * 2 * 3
+    assert len(made) == 2 * 2 * (3 + 1)
 
 
 def test_horizon_table(whole):

@@ -13,7 +13,7 @@ from statistics import median_low
 
 import numpy as np
 
-from yolo_sophia.compare.score import Curve, Mean, cost_to_target, default_target, mean, runs_by_seed
+from yolo_sophia.compare.score import Curve, Mean, cost_to_target, default_target, mean, runs_by_seed, t_975
 
 RESAMPLES = 10_000
 TAUS = tuple(np.linspace(1, 4, 100).tolist())  # the grid of AlgoPerf's own scoring
@@ -33,6 +33,7 @@ class Ratio:
         missed: Number of paired seeds missed, by the arm and by the reference.
         value: Median of the ratios except NaN; None without ratios, or if it lies between 0 and infinity.
         low, high: Interval from `median_ratio`; None for fewer than two ratios.
+        share: Of a default target, the share of the reference's median that it is.
     """
 
     arm: str
@@ -49,6 +50,7 @@ class Ratio:
     value: float | None
     low: float | None
     high: float | None
+    share: float = 1.0
 
     @property
     def informative(self) -> int:
@@ -98,13 +100,20 @@ def median_ratio(ratios: Sequence[float]) -> tuple[float | None, float | None, f
 
 
 def cost_ratio(
-    curves: Sequence[Curve], arm: str, reference: str, data: str, axis: str = "steps", target: float | None = None
+    curves: Sequence[Curve],
+    arm: str,
+    reference: str,
+    data: str,
+    axis: str = "steps",
+    target: float | None = None,
+    share: float = 1.0,
 ) -> Ratio:
-    """Compare the cost of full runs to `target` (default: `default_target`) with the reference arm's, seed by seed.
+    """Compare the cost of full runs to a target with the reference arm's, seed by seed.
 
-    A seed in which both arms missed carries no information about the ratio and is excluded.
+    The target defaults to `share` of `default_target`. A seed in which both arms missed carries no information about
+    the ratio and is excluded.
     """
-    aim = target or default_target(curves, reference, data)
+    aim = target or share * (default_target(curves, reference, data) or 0) or None
     both = own, base = runs_by_seed(curves, arm, data), runs_by_seed(curves, reference, data)
     seeds, unpaired = tuple(seed for seed in own if seed in base), tuple(sorted(own.keys() ^ base.keys()))
     costs = [[cost_to_target(arm_runs[seed], aim, axis) for seed in seeds] for arm_runs in both] if aim else [[], []]
@@ -112,12 +121,17 @@ def cost_ratio(
     failed = tuple(sum(arm_runs[seed].failed for seed in seeds) for arm_runs in both)
     missed = tuple(sum(map(math.isinf, values)) for values in costs)
     interval = median_ratio([ratio for ratio in ratios if not math.isnan(ratio)])
-    return Ratio(arm, reference, data, axis, aim, target is None, seeds, unpaired, ratios, failed, missed, *interval)
+    return Ratio(
+        arm, reference, data, axis, aim, target is None, seeds, unpaired, ratios, failed, missed, *interval, share
+    )
 
 
 @dataclass(frozen=True)
 class Difference:
     """Final mAP50-95 of an arm minus that of the reference, paired by seed.
+
+    The arm wins or loses on the data set if `direction` is not 0. A tie is a mean difference within the scatter of the
+    seeds: its 95 % interval (Student's t) contains 0.
 
     Attributes:
         seeds: Seeds that both arms have finished.
@@ -136,6 +150,17 @@ class Difference:
     def direction(self) -> int:
         """1 if higher than the reference, -1 if lower, 0 if the interval contains 0 at the three decimals shown."""
         return 0 if self.mean.low is None else (round(self.mean.low, 3) > 0) - (round(self.mean.high, 3) < 0)
+
+    @property
+    def outcome(self) -> str:
+        """One of "win", "tie" and "loss"; "open" for fewer than two seeds."""
+        return "open" if self.mean.low is None else ("tie", "win", "loss")[self.direction]
+
+    @property
+    def scatter(self) -> float | None:
+        """Standard deviation of the differences over seeds; None for fewer than two."""
+        own = self.mean
+        return None if own.half is None else own.half / t_975(own.count - 1) * math.sqrt(own.count)
 
 
 def final_difference(curves: Sequence[Curve], arm: str, reference: str, data: str) -> Difference:

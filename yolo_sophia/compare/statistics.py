@@ -11,6 +11,7 @@ from itertools import combinations, pairwise
 from statistics import median
 from typing import Any
 
+from yolo_sophia.compare.aggregate import Aggregate, aggregate
 from yolo_sophia.compare.pairwise import (
     Control,
     Difference,
@@ -28,6 +29,9 @@ from yolo_sophia.compare.score import AXES, FULL, Curve, Summary, cost_to_target
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.runs.results import RunResult
 from yolo_sophia.runs.run import data_name
+
+NEAR = 0.97
+"""Share of the reference's median that is the second default target: the first is missed by half of its own seeds."""
 
 RunName = tuple[str, str, int, float]
 """Arm, data set, seed and horizon of a run."""
@@ -72,6 +76,8 @@ class ArmResult:
         not_ended: Number of planned full runs that have not ended.
         summary: Final and best mAP, costs to the target; None before a full run has ended.
         ratios: Cost over the reference's by axis; empty for the reference, and until both arms have full runs.
+        near_steps: Median number of steps to the second target; None where there is none.
+        near: Steps to the second target over the reference's; None as for `ratios`, and where there is none.
         difference: Final mAP minus the reference's; None as for `ratios`.
         horizons: The planned schedules; None until the arm and the reference have full runs.
         step_seconds: Median training time of an optimizer step over all epochs of finished runs.
@@ -86,6 +92,8 @@ class ArmResult:
     not_ended: int
     summary: Summary | None
     ratios: Mapping[str, Ratio]
+    near_steps: float | None
+    near: Ratio | None
     difference: Difference | None
     horizons: HorizonScore | None
     step_seconds: float | None
@@ -100,13 +108,17 @@ class DataResult:
     Attributes:
         name: Its name.
         epochs: Epochs of a full run.
-        target: mAP50-95 to reach; None if there is none yet.
+        median: The reference arm's median final mAP50-95 (`default_target`); None before a run, and where it is 0.
+        target: mAP50-95 to reach: the plan's, else the median.
+        near: A second, easier target where the plan has none: `NEAR` of the median.
         arms: The arms, the reference first.
     """
 
     name: str
     epochs: int
+    median: float | None
     target: float | None
+    near: float | None
     arms: tuple[ArmResult, ...]
 
 
@@ -122,8 +134,9 @@ class ComparisonResult:
         planned: Number of runs in the plan.
         not_ended: Planned runs that have neither finished nor failed.
         controls: A/A controls: pairs of arms that had the same settings in all their common runs.
-        profiles: Performance profiles by axis; empty for fewer than two comparable data sets.
-        without_profile: Data sets on which an arm has no runs, or which have no target.
+        profiles: Performance profiles of the costs by axis; empty for fewer than two comparable data sets.
+        aggregates: The arms over all comparable data sets, the reference first; empty for fewer than two.
+        not_comparable: Data sets on which an arm has no runs, or the reference's median is not known or 0.
         columns: Names of all values that any epoch recorded, in order of appearance.
         searches: What tuning tried.
         coco: COCO metrics (fractions) by the key of their run.
@@ -137,7 +150,8 @@ class ComparisonResult:
     not_ended: tuple[RunName, ...]
     controls: tuple[Control, ...]
     profiles: Mapping[str, tuple[Profile, ...]]
-    without_profile: tuple[str, ...]
+    aggregates: tuple[Aggregate, ...]
+    not_comparable: tuple[str, ...]
     columns: tuple[str, ...]
     searches: tuple[Search, ...]
     coco: Mapping[str, Mapping[str, float]]
@@ -179,10 +193,15 @@ def compute(
     data = tuple(_data_result(plan, arms, path, records, curves, not_ended) for path in plan.data)
     targets = {own.name: own.target for own in data}
     records = [_scored(record, targets[record.data]) for record in records]
-    comparable = [own for own in data if own.target and all(arm.summary for arm in own.arms)]
+    comparable = [own for own in data if own.median and all(arm.summary for arm in own.arms)]
+    several = len(comparable) > 1
     costs = {
         axis: {arm: {own.name: own.arms[i].summary.cost[axis] for own in comparable} for i, arm in enumerate(arms)}
-        for axis in AXES * (len(comparable) > 1)
+        for axis in AXES * several
+    }
+    scores = {
+        arm: {own.name: [(r.curve.final() or 0.0) / own.median for r in own.arms[i].records] for own in comparable}
+        for i, arm in enumerate(arms)
     }
     return ComparisonResult(
         plan=plan,
@@ -193,7 +212,8 @@ def compute(
         not_ended=not_ended,
         controls=tuple(control(curves, *pair) for pair in _same_settings(arms, records)),
         profiles={axis: profiles(own) for axis, own in costs.items()},
-        without_profile=tuple(own.name for own in data if own not in comparable),
+        aggregates=aggregate(scores, plan.reference) if several else (),
+        not_comparable=tuple(own.name for own in data if own not in comparable),
         columns=tuple(dict.fromkeys(key for record in records for row in record.result.rows for key in row)),
         searches=tuple(searches),
         coco=coco or {},
@@ -233,7 +253,9 @@ def _data_result(
 ) -> DataResult:
     data, reference, made = data_name(path), plan.reference, []
     full = {arm: _full_runs(records, arm, data) for arm in arms}
-    target = plan.target or (default_target(curves, reference, data) if full[reference] else None)
+    middle = default_target(curves, reference, data)
+    target = plan.target or middle
+    near = NEAR * middle if middle and not plan.target else None
     for number, arm in enumerate(arms):
         paired = full[arm] and full[reference]
         against = (curves, arm, reference, data)
@@ -246,12 +268,14 @@ def _data_result(
                 sum((a, d, h) == (arm, data, FULL) for a, d, _, h in not_ended),
                 summarize(curves, arm, data, target) if full[arm] else None,
                 {axis: cost_ratio(*against, axis, plan.target) for axis in AXES} if paired and number else {},
+                summarize(curves, arm, data, near).cost["steps"] if full[arm] else None,
+                cost_ratio(*against, share=NEAR) if paired and number and near else None,
                 final_difference(*against) if paired and number else None,
                 horizon_score(*against, plan.target) if paired else None,
                 *_resources([record.result for record in full[arm]]),
             )
         )
-    return DataResult(data, plan.common_on(path)["epochs"], target, tuple(made))
+    return DataResult(data, plan.common_on(path)["epochs"], middle, target, near, tuple(made))
 
 
 def _full_runs(records: Sequence[Record], arm: str, data: str) -> tuple[Record, ...]:

@@ -30,7 +30,7 @@ def sections(result: ComparisonResult) -> list[Section]:
         blocks = [Gallery(pictures, text), Table("Area under the profile; 1 is the best on every data set", head, rows)]
     else:
         blocks.append(Text("Fewer than two data sets have a cost for every arm."))
-    if names := ", ".join(result.without_profile):
+    if names := ", ".join(result.not_comparable):
         blocks.append(Text(f"Left out, because an arm has no ended runs or there is no target: {names}.", "note"))
     return [Section("profiles", "Over all data sets", blocks)]
 
