@@ -71,23 +71,26 @@ def _fills_initial_range(module: nn.Module) -> bool | None:
     weight = getattr(module, "weight", None)
     if not isinstance(module, (nn.Conv2d, nn.Linear)) or not isinstance(weight, Tensor) or weight.numel() < _ENOUGH:
         return None
-    bound = 1 / math.sqrt(weight[0].numel())
-    return 1 - 20 / weight.numel() < float(weight.detach().abs().max()) / bound < 1.001  # they may be saved in float16
+    size, count = weight.detach().float().abs() * math.sqrt(weight[0].numel()), weight.numel()
+    reaches_the_bound = 1 - 20 / count < float(size.max()) < 1.001  # weights may have been saved in float16
+    return reaches_the_bound and abs(float(size.mean()) - 0.5) < 1.5 / math.sqrt(count)  # five standard deviations
 
 
-def _initial_class_rows(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _initial_class_rows(model: nn.Module) -> dict[str, Rows]:
     """Rows of the class layers whose bias is the one that the head itself sets at the start, by layer."""
     layers, head = class_layers(model), head_of(model)
     if not layers or not hasattr(head, "bias_init"):
         return {}
-    copy = deepcopy(head)
+    copy = deepcopy(head).float()
+    if isinstance(getattr(copy, "stride", None), Tensor):
+        copy.stride = copy.stride.float()  # not a buffer
     copy.bias_init()
     start = dict(copy.named_modules())
     place = next(path for path, module in model.named_modules() if module is head)
-    found = {}
+    found: dict[str, Rows] = {}
     for path, layer in layers.items():
-        first = start[path.removeprefix(f"{place}.")].bias.detach()
-        is_initial = (layer.bias == first) | (layer.bias == first.half().to(first))
-        if rows := tuple(torch.nonzero(is_initial).flatten().tolist()):
-            found[path] = rows
+        first, now = start[path.removeprefix(f"{place}.")].bias.detach(), layer.bias.detach().float()
+        is_initial = (now == first) | (now == first.half().float())  # weights are saved in float16
+        if is_initial.any():
+            found[path] = None if is_initial.all() else tuple(torch.nonzero(is_initial).flatten().tolist())
     return found
