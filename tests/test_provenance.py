@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from ultralytics import YOLO, __version__
 from ultralytics.nn import tasks
 
+from yolo_sophia.integration import provenance
 from yolo_sophia.integration.modules import class_layers
 from yolo_sophia.integration.provenance import (
     ClassRows,
@@ -254,13 +257,14 @@ class Stop(Exception):
 def run(tiny_run, tmp_path):
     """Start a training of a model on data with these class names, and take the provenance before its first step."""
 
-    def start(make, names, **arguments) -> Provenance:
+    def start(make, names, look=lambda: None, **arguments) -> Provenance:
         content = yaml.safe_load(Path(tiny_run["data"]).read_text()) | {"names": dict(enumerate(names))}
         (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
         found = []
 
         def stop(trainer):
             found.append(provenance_of(trainer.model))
+            look()
             raise Stop
 
         model = make()
@@ -343,3 +347,39 @@ def test_workers_of_several_gpus(run, weights, tiny_model):
         other = YOLO(tiny_model).model  # built in the worker itself: its own record counts
         assert set(provenance_of(other).new.values()) == {None}
     assert provenance_of(unpickled).origin == "tensors"
+
+    def environment():
+        found.append(decode(os.environ[provenance.VARIABLE]))
+
+    found = []
+    rows = run(lambda: YOLO(tiny_model).load(weights), OTHER, environment, optimizer="SophiaG")
+    assert found == [replace(rows, origin="recorded")] == [decode(encode(rows))]
+    assert provenance.VARIABLE not in os.environ
+
+
+def test_rows_by_position_as_new(monkeypatch, weights, tiny_model):
+    monkeypatch.setattr(provenance, "POSITION_ROWS_ARE_NEW", True)
+    model = target_of(("v", "Dog", "w", "tree", "x", "y"), tiny_model)
+    model.load(loaded(weights), verbose=False)
+    found = provenance_of(model)
+    assert set(found.new.values()) == {(0, 2, 4, 5)}
+    assert (found.class_rows.by_position == ()) == IS_84
+    model.names = dict(enumerate("uvwxyz"))
+    model.load(loaded(weights), verbose=False)
+    assert set(provenance_of(model).new.values()) == {None}
+
+
+def test_real_weights(shared_data):
+    """Every row of COCO's 80 classes is told from every other."""
+    source = shared_data / "weights" / "yolov8n-dequantised.pt"
+    names = (*reversed(loaded(source).names.values()), "helmet", "vest")
+    model = tasks.DetectionModel("yolov8n.yaml", nc=82, verbose=False)
+    model.names = dict(enumerate(names))
+    model.load(loaded(source), verbose=False)
+    found = provenance_of(model)
+    if IS_84:
+        assert found.class_rows == ClassRows(tuple(range(80)), (), (80, 81))
+        assert set(found.new.values()) == {(80, 81)}
+        assert provenance_of(deepcopy(model)).new == found.new
+    else:
+        assert found.class_rows == ClassRows((), (), tuple(range(82)))

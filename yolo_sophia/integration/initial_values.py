@@ -21,8 +21,8 @@ def initial_parameters(model: nn.Module, is_built: bool = False) -> dict[str, Ro
     """Parameters that are at their initial values, and of the class layers the rows.
 
     The running means of BatchNorm are exactly 0 until a model sees an image. They speak for the smallest block around
-    them. The bias of a class row is at the value of the head's own `bias_init`. A large convolution or linear layer
-    without BatchNorm beside it is initial if its weights fill PyTorch's initial range, +-1 / sqrt(fan_in), exactly.
+    them. The biases of an initial class row are those of the head's own `bias_init`. A large convolution or linear
+    layer without BatchNorm beside it is initial if its weights fill PyTorch's initial range, +-1 / sqrt(fan_in).
 
     Args:
         model: The bare model.
@@ -77,8 +77,12 @@ def _fills_initial_range(module: nn.Module) -> bool | None:
 
 
 def _initial_class_rows(model: nn.Module) -> dict[str, Rows]:
-    """Rows of the class layers whose bias is the one that the head itself sets at the start, by layer."""
-    layers, head = class_layers(model), head_of(model)
+    """Rows of the class layers whose biases are the ones that the head itself sets at the start, by layer.
+
+    A row counts if this holds in all class layers: in one of them a trained bias may have the value by chance.
+    """
+    head = head_of(model)
+    layers = {path: layer for path, layer in class_layers(model).items() if layer.bias is not None}
     if not layers or not hasattr(head, "bias_init"):
         return {}
     copy = deepcopy(head).float()
@@ -87,10 +91,12 @@ def _initial_class_rows(model: nn.Module) -> dict[str, Rows]:
     copy.bias_init()
     start = dict(copy.named_modules())
     place = next(path for path, module in model.named_modules() if module is head)
-    found: dict[str, Rows] = {}
+    found: list[Tensor] = []
     for path, layer in layers.items():
         first, now = start[path.removeprefix(f"{place}.")].bias.detach(), layer.bias.detach().float()
-        is_initial = (now == first) | (now == first.half().float())  # weights are saved in float16
-        if is_initial.any():
-            found[path] = None if is_initial.all() else tuple(torch.nonzero(is_initial).flatten().tolist())
-    return found
+        found.append((now == first) | (now == first.half().float()))  # weights are saved in float16
+    is_initial = torch.stack(found).all(0)
+    if not is_initial.any():
+        return {}
+    rows = None if is_initial.all() else tuple(torch.nonzero(is_initial).flatten().tolist())
+    return dict.fromkeys(layers, rows)

@@ -7,7 +7,7 @@ rules. A tensor is compared with the one of the same name in the source, and its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -61,8 +61,8 @@ def record_of(model: nn.Module) -> LoadRecord:
     record = _LOADED.get(model)
     if record is None:
         initial = initial_parameters(model, is_known(model))
-        everything = len(initial) == sum(1 for _ in model.named_parameters())
-        is_seen = is_known(model) and everything and None in initial.values()
+        everything = initial == dict.fromkeys(name for name, _ in model.named_parameters())
+        is_seen = is_known(model) and everything
         names = _names(model) if not everything else ()
         fresh = {row for path in class_layers(model) for row in initial.get(f"{path}.weight", ()) or ()}
         return LoadRecord(initial, tuple(None if k in fresh else n for k, n in enumerate(names)), is_seen=is_seen)
@@ -87,19 +87,101 @@ def recorded_load(original: Callable, model: nn.Module, weights: Any, *args: Any
         *args: Further arguments of the method.
         **kwargs: Further arguments of the method.
     """
-    options = [weights.get("ema"), weights.get("model")] if isinstance(weights, dict) else [weights]
-    sources = [module for module in options if isinstance(module, nn.Module)]
-    base = record_of(model)
+    candidates = [weights.get("ema"), weights.get("model")] if isinstance(weights, dict) else [weights]
+    sources = [module for module in candidates if isinstance(module, nn.Module)]
     shapes = [{name: p.shape for name, p in source.named_parameters()} for source in sources]
-    before = {}
+    base, before = record_of(model), {}
     for name, parameter in model.named_parameters():
         is_whole = parameter.dim() > 1 and all(s.get(name) == parameter.shape for s in shapes)
         before[name] = parameter, None if is_whole else parameter.detach().clone()
     result = original(model, weights, *args, **kwargs)
-    if sources:  # which of two it took depends on the version
+    if sources:  # which of two it takes depends on the version
         source = max(sources, key=lambda module: _equal_tensors(model, module)) if len(sources) > 1 else sources[0]
         _LOADED[model] = _record(model, source, base, before)
     return result
+
+
+def _record(model: nn.Module, source: nn.Module, base: LoadRecord, before: Mapping[str, tuple]) -> LoadRecord:
+    """The record after a load.
+
+    Args:
+        model: The module that has loaded.
+        source: The module that it loaded from.
+        base: Its record before.
+        before: By parameter name, the parameter before the load, and its values where they help.
+    """
+    origin, theirs = record_of(source), dict(source.named_parameters())
+    new: dict[str, Rows] = {}
+    found: dict[str, list[int]] = {}
+    for name, parameter in sorted(
+        model.named_parameters(), key=lambda item: item[1].dim() < 2
+    ):  # weights before biases
+        after, (earlier, values) = parameter.detach(), before.get(name, (None, None))
+        if earlier is not parameter or (values is not None and values.shape != after.shape):
+            stayed, was = None, None  # the layer was rebuilt
+        else:
+            stayed, was = _equal_rows(after, values), base.new.get(name, ())
+        weight = found.get(f"{name.rpartition('.')[0]}.weight")
+        found[name] = rows = _source_rows(after, theirs.get(name), stayed, weight)
+        there = origin.new.get(name, ())
+        fresh = tuple(
+            k
+            for k, j in enumerate(rows)
+            if (_has(there, j) if j >= 0 else stayed is None or not stayed[k] or _has(was, k))
+        )
+        if fresh:
+            new[name] = None if len(fresh) == len(rows) else fresh
+    names: tuple[str | None, ...] = ()
+    if layers := class_layers(model):
+        weight = f"{next(iter(layers))}.weight"
+        kept, copied = base.class_names, origin.class_names or _names(source)
+        at = [(j, copied) if j >= 0 else (k, kept) for k, j in enumerate(found.get(weight, ()))]
+        names = tuple(
+            known[j] if j < len(known) and not _has(new.get(weight, ()), k) else None for k, (j, known) in enumerate(at)
+        )
+    norms = frozenset(path for path, trained in trained_norms(model).items() if trained)
+    return LoadRecord(new, names, {name: p.shape for name, p in model.named_parameters()}, norms)
+
+
+def _source_rows(
+    after: Tensor, source: Tensor | None, stayed: list[bool] | None, weight: list[int] | None
+) -> list[int]:
+    """The row of the source that each row was copied from; -1: from none.
+
+    Args:
+        after: A parameter after the load, of any shape; a scalar is one row.
+        source: The parameter of the same name in the source.
+        stayed: Whether each row has kept its value; None: the parameter is another than before.
+        weight: The rows of the weight of the same layer.
+    """
+    count = _length(after)
+    if source is None or source.dim() != after.dim():
+        return [-1] * count
+    source = source.detach().to(after)
+    if _is_same(after, source):
+        return list(range(count))
+    if after.shape[1:] != source.shape[1:]:  # at most some input channels were copied, row by row
+        return [-1 if stayed is None or same else k for k, same in enumerate(stayed or [True] * count)]
+    if after.dim() > 1:
+        return _matching(_flat(after), _flat(source))
+    if weight is not None and len(weight) == count and max(weight) >= 0:  # equal numbers alone say little
+        return [j if j >= 0 and after[k] == source[j] else -1 for k, j in enumerate(weight)]
+    matching = _matching(_flat(after), _flat(source))
+    return [-1 if same else j for same, j in zip(stayed or [False] * count, matching)]
+
+
+def _matching(rows: Tensor, source: Tensor) -> list[int]:
+    """For each row, an equal row of the source: that of the same index if possible; -1: none."""
+    where: dict[bytes, list[int]] = {}
+    for j, row in enumerate(source.cpu().float().numpy()):
+        where.setdefault(row.tobytes(), []).append(j)
+    equal = [where.get(row.tobytes(), [-1]) for row in rows.cpu().float().numpy()]
+    return [k if k in found else found[0] for k, found in enumerate(equal)]
+
+
+def _equal_rows(after: Tensor, values: Tensor | None) -> list[bool]:
+    """Whether each row has a value; of a parameter whose values were not kept, each counts as equal."""
+    return [True] * _length(after) if values is None else (_flat(after) == _flat(values)).all(1).tolist()
 
 
 def _equal_tensors(model: nn.Module, source: nn.Module) -> int:
@@ -111,60 +193,8 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other.detach().to(one))
 
 
-def _record(model: nn.Module, source: nn.Module, base: LoadRecord, before: Mapping[str, tuple]) -> LoadRecord:
-    origin = record_of(source)
-    theirs = dict(source.named_parameters())
-    new: dict[str, Rows] = {}
-    maps: dict[str, list[int]] = {}
-    parameters = sorted(model.named_parameters(), key=lambda item: item[1].dim() < 2)  # a bias follows its weight
-    for name, parameter in parameters:
-        after = parameter.detach()
-        old, snapshot = before.get(name, (None, None))
-        if old is not parameter or (snapshot is not None and snapshot.shape != after.shape):
-            earlier = None  # the layer was rebuilt
-        else:
-            earlier = after if snapshot is None else snapshot
-        beside = maps.get(f"{name.rpartition('.')[0]}.weight")
-        maps[name] = found = _source_rows(after, theirs.get(name), earlier, snapshot, beside)
-        new_there, new_before = _rows(origin.new, name, theirs), base.new.get(name, ())
-        kept = [True] * len(found) if earlier is None else _unchanged(after, earlier)
-        rows = [
-            k
-            for k, j in enumerate(found)
-            if ((new_there is None or j in new_there) and j >= 0)
-            or (j < 0 and (earlier is None or not kept[k] or new_before is None or k in new_before))
-        ]
-        if rows:
-            new[name] = None if len(rows) == len(found) else tuple(rows)
-    names: tuple[str | None, ...] = ()
-    for path in class_layers(model):
-        found = maps[f"{path}.weight"]
-        there = origin.class_names or _names(source)
-        rows = _as_set(new.get(f"{path}.weight", ()), len(found))
-        kept = base.class_names or (None,) * len(found)
-        names = tuple(
-            None if k in rows else (there[j] if j < len(there) else None) if j >= 0 else kept[k]
-            for k, j in enumerate(found)
-        )
-        break
-    shapes = {name: p.shape for name, p in parameters}
-    norms = frozenset(path for path, trained in trained_norms(model).items() if trained)
-    return LoadRecord(new, names, shapes, norms)
-
-
-def _rows(new: Mapping[str, Rows], name: str, theirs: Mapping[str, Tensor]) -> frozenset[int] | None:
-    rows = new.get(name, ())
-    return None if rows is None else frozenset(rows)
-
-
-def _as_set(rows: Rows, count: int) -> frozenset[int]:
-    return frozenset(range(count) if rows is None else rows)
-
-
-def _unchanged(after: Tensor, earlier: Tensor) -> list[bool]:
-    if after is earlier:
-        return [True] * _length(after)
-    return (_flat(after) == _flat(earlier)).all(1).tolist()
+def _has(rows: Rows, row: int) -> bool:
+    return rows is None or row in rows
 
 
 def _length(tensor: Tensor) -> int:
@@ -173,41 +203,6 @@ def _length(tensor: Tensor) -> int:
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(_length(tensor), -1)
-
-
-def _source_rows(
-    after: Tensor, source: Tensor | None, earlier: Tensor | None, snapshot: Tensor | None, beside: list[int] | None
-) -> list[int]:
-    """The row of the source that each row was copied from; -1: from none."""
-    count = _length(after)
-    nothing = [-1] * count
-    if source is None or source.dim() != after.dim():
-        return nothing
-    source = source.detach().to(after)
-    if _is_same(after, source):
-        return list(range(count))
-    if after.shape[1:] != source.shape[1:]:  # at most some input channels were copied, row by row
-        return nothing if earlier is None else [-1 if same else k for k, same in enumerate(_unchanged(after, earlier))]
-    if after.dim() < 2 and beside is not None and len(beside) == count and max(beside) >= 0:
-        return [j if j >= 0 and after[k] == source[j] else -1 for k, j in enumerate(beside)]
-    found = _matching(_flat(after), _flat(source))
-    if after.dim() < 2:  # equal numbers alone say little
-        kept = [True] * count if snapshot is None or snapshot.shape != after.shape else _unchanged(after, snapshot)
-        found = [-1 if same else j for same, j in zip(kept, found)]
-    return found
-
-
-def _matching(rows: Tensor, source: Tensor) -> list[int]:
-    """For each row, an equal row of the source: that of the same index if possible; -1: none."""
-    where: dict[bytes, list[int]] = {}
-    for j, row in enumerate(_contents(source)):
-        where.setdefault(row, []).append(j)
-    equal = [where.get(row, [-1]) for row in _contents(rows)]
-    return [k if k in found else found[0] for k, found in enumerate(equal)]
-
-
-def _contents(rows: Tensor) -> Iterable[bytes]:
-    return [row.tobytes() for row in rows.cpu().float().numpy()]
 
 
 def _names(model: nn.Module) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def provenance_of(model: nn.Module) -> Provenance:
     """The provenance of a model's parameters, before its first training step.
 
     A row is new if it was new in the module that it was copied from. A copy of a module (`deepcopy`, the EMA) has no
-    record; its tensors are read.
+    record; its tensors are read. A training does not change the record.
 
     Args:
         model: The model, its DistributedDataParallel or compiled wrapper, or a distillation (its student is meant).
@@ -88,8 +88,8 @@ def provenance_of(model: nn.Module) -> Provenance:
     if POSITION_ROWS_ARE_NEW and rows is not None and rows.by_position:
         for path, layer in class_layers(model).items():
             for name in (f"{path}.{own}" for own, _ in layer.named_parameters()):
-                kept = new.get(name, ())
-                new[name] = None if kept is None else tuple(sorted({*kept, *rows.by_position}))
+                found = tuple(sorted({*rows.by_position, *(new.get(name, ()) or ())}))
+                new[name] = None if new.get(name, ()) is None or len(found) == len(layer.weight) else found
     return Provenance(new, LOADS if record.is_seen else TENSORS, rows)
 
 
