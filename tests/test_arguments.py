@@ -26,7 +26,7 @@ from yolo_sophia.integration.arguments import OUR_KEYS, SOPHIA_KEYS, canonical_o
 from yolo_sophia.integration.explicit import MARKER, keyword_arguments
 from yolo_sophia.integration.resolution import Facts, resolve
 from yolo_sophia.optim import DecoupledSophia, Sophia, SophiaG, SophiaH
-from yolo_sophia.optim._base import HESSIAN_AVERAGES
+from yolo_sophia.optim._hessian import HESSIAN_AVERAGES
 from yolo_sophia.options import ALL, OPTIONS, ULTRALYTICS_ARGS
 from yolo_sophia.presets import load_preset, preset_directory, preset_names
 

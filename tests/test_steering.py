@@ -115,6 +115,20 @@ def test_a_sample_of_many_coordinates_is_near_their_quantile():
     assert found == pytest.approx(0.75, abs=0.01)
 
 
+@pytest.mark.parametrize("stride", [1, 5])
+def test_the_quantile_is_that_of_all_tensors_with_their_own_factors_and_betas(stride, monkeypatch):
+    monkeypatch.setattr("yolo_sophia.optim._auto_rho._stride", lambda _: stride)
+    monkeypatch.setattr("yolo_sophia.optim._auto_rho.SPARSE", 10)
+    noise, kinds = torch.Generator().manual_seed(0), [(7, 2.0, 0.9), (300, 1.0, 0.5), (1, 3.0, 0.9), (450, 0.5, 0.8)]
+    g, m = ([torch.randn(n, 2, generator=noise) for n, _, _ in kinds] for _ in range(2))
+    h = [torch.rand(n, 2, generator=noise) + 0.01 for n, _, _ in kinds]
+    ratios = [(b * y + (1 - b) * x).abs() / (f * z) for x, y, z, (_, f, b) in zip(g, m, h, kinds)]
+    ratio = torch.cat([r.flatten() for r in ratios])[::stride]
+    expected = ratio.sort().values[int(0.7 * ratio.numel())]
+    found = clip_quantile(g, m, h, [f for _, f, _ in kinds], [b for _, _, b in kinds], 0.3)
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", [SophiaG, SophiaH])
 def test_a_resumed_run_goes_on_with_its_rho(kind):
     options = {"hessian_interval": 10**6} if kind is SophiaH else {}

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from yolo_sophia.curvature import Hutchinson
 from yolo_sophia.optim import DecoupledSophia, Sophia, SophiaG, SophiaH
+from yolo_sophia.optim._hessian import move_hessians
 from yolo_sophia.optim._step import choose_step, foreach_step, single_tensor_step
 
 WAYS = [{"foreach": False}, {"foreach": True}]
@@ -218,6 +219,53 @@ def test_every_class_has_row_factors(make):
     optimizer.step(closure)
     moved = p.detach()[:, 0]
     assert moved[1] == 2 * moved[0] < 0
+
+
+# The average h
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("average", [None, "kernel", "row"])
+def test_h_by_multi_tensor_kernels_equals_h_tensor_by_tensor(average, squared, dtype):
+    noise = torch.Generator().manual_seed(0)
+    shapes = [*SHAPES, (4, 3, 1, 1), (3, 0, 3, 3), (6, 2, 3, 3)]
+    hessians = [torch.rand(shape, generator=noise) for shape in shapes]
+    values = [laid_out(torch.rand(shape, generator=noise).to(dtype), i) for i, shape in enumerate(shapes)]
+    found, expected = copy.deepcopy(hessians), copy.deepcopy(hessians)
+    for result, foreach in ((found, True), (expected, False)):
+        move_hessians(result, values, 0.9, average=average, squared=squared, foreach=foreach)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+    assert all(torch.equal(a, b) for a, b, h in zip(found, expected, hessians) if average is None or h.dim() < 2)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute or copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or "view" in func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("source", ["grad", "estimates"])
+@pytest.mark.parametrize("average", [None, "kernel", "row"])
+def test_the_launches_of_an_update_of_h_do_not_depend_on_the_number_of_tensors(average, source):
+    def launches(tensors: int) -> int:
+        params = [Parameter(torch.ones(4, 2, 3 if i % 2 else 1, 3)) for i in range(tensors)]
+        optimizer = SophiaG(params, foreach=True, hessian_average=average)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        for mode in (Launches(), Launches()):  # the first update makes the states
+            with mode:
+                optimizer.update_hessian(None if source == "grad" else [p.grad for p in params])
+        return mode.count
+
+    assert launches(40) == launches(4) <= 12
 
 
 # The choice

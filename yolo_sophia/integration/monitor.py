@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from yolo_sophia.optim._base import SophiaBase, bias_correction_factor
+from yolo_sophia.optim._base import SophiaBase
+from yolo_sophia.optim._hessian import bias_correction_factor
 from yolo_sophia.optim._step import denominator, hessian_scale
 
 SAMPLED = ("clip_fraction", "grad_norm", "momentum_norm", "hessian_norm", "update_norm")

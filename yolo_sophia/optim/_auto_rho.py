@@ -75,7 +75,7 @@ def clip_quantile(
     stride = _stride(sum(g.numel() for g in gradients))
     ratio = _ratios(tensors, stride, hessian_power)
     if stride > 1 and ratio.numel() < SPARSE:
-        ratio = _ratios(tensors, 1, hessian_power)
+        ratio = torch.cat([_ratios([each], 1, hessian_power) for each in tensors])  # no copy of all coordinates
     if not ratio.numel() or ratio.isnan().any():
         return None
     finite = int((ratio < math.inf).sum())  # the others have no positive h
@@ -86,20 +86,29 @@ def clip_quantile(
 
 def _ratios(tensors: Sequence[tuple[Tensor, Tensor, Tensor, float, float]], stride: int, power: float) -> Tensor:
     """|m| / h of every n-th coordinate, if it moves, on the CPU; infinite where h is not positive."""
-    position, ratios = 0, []
-    for g, m, h, factor, b1 in tensors:
+    position, samples = 0, []
+    for *states, factor, b1 in tensors:
         start = -position % stride
-        position += g.numel()
-        if start >= g.numel():
-            continue
-        g, m, h = (x.reshape(-1)[start::stride].float() for x in (g, m, h))
-        numerator = torch.lerp(g, m, b1).abs()
-        (divisor,) = denominator([h], [factor], 0.0, hessian_power=power)
-        ratio = torch.where(divisor > 0, numerator / divisor, torch.inf)
-        ratio = ratio.masked_fill(numerator.isnan() | divisor.isnan(), torch.nan)
-        ratios.append(ratio.masked_fill(numerator == 0, -1.0))
-    ratio = torch.cat([r.to(ratios[0].device) for r in ratios]) if ratios else torch.empty(0)
+        position += states[0].numel()
+        if start < states[0].numel():
+            samples.append(([x.reshape(-1)[start::stride] for x in states], factor, b1))
+    if not samples:
+        return torch.empty(0)
+    parts, factors, decays = zip(*samples)
+    device, counts = parts[0][0].device, [part[0].numel() for part in parts]
+    g, m, h = (torch.cat([x.to(device) for x in column]).float() for column in zip(*parts))
+    numerator = torch.lerp(g, m, _per_coordinate(decays, counts, g)).abs()
+    (divisor,) = denominator([h * _per_coordinate(factors, counts, h)], [1.0], 0.0, hessian_power=power)
+    ratio = torch.where(divisor > 0, numerator / divisor, torch.inf)
+    ratio = ratio.masked_fill(numerator.isnan() | divisor.isnan(), torch.nan).masked_fill(numerator == 0, -1.0)
     return ratio[ratio != -1.0].cpu()  # kthvalue is not on every device
+
+
+def _per_coordinate(values: Sequence[float], counts: Sequence[int], like: Tensor) -> float | Tensor:
+    """One number per tensor, repeated for its coordinates; a number where all are equal."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return torch.tensor(values, dtype=like.dtype).repeat_interleave(torch.tensor(counts)).to(like.device)
 
 
 def _stride(coordinates: int) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,14 +20,11 @@ from torch import Tensor
 
 from yolo_sophia.optim._auto_rho import clip_quantile, is_young, smoothed
 from yolo_sophia.optim._compat import DEPRECATED, renamed
+from yolo_sophia.optim._hessian import HESSIAN_AVERAGES, bias_correction_factor, move_hessians
 from yolo_sophia.optim._ranks import mean_over_ranks
 from yolo_sophia.optim._state import GROUP_KEYS, MOMENTS, StatefulOptimizer
-from yolo_sophia.optim._step import StepOptions, choose_step, hessian_scale
+from yolo_sophia.optim._step import StepOptions, choose_step, hessian_scale, uses_foreach
 from yolo_sophia.options import OPTIONS, STEP_OPTIONS
-
-HESSIAN_AVERAGES: Mapping[str, int] = MappingProxyType({"kernel": 2, "row": 1})
-"""Leading dimensions that an averaged estimate keeps; its mean is taken over the others. For a convolution's weight,
-shape (out, in, height, width): "kernel" leaves one value per kernel, "row" one per output channel."""
 
 STEPS_WITHOUT_HESSIAN = 12
 """Steps until a warning says that h was never updated; the official scripts update h after their tenth step."""
@@ -181,20 +177,25 @@ class SophiaBase(StatefulOptimizer):
 
     def _move_hessian(self, values: Sequence[Tensor | None], squared: bool = False) -> None:
         """Average over kernels or rows, then over time; `squared` says that the values are roots of estimates."""
-        for (group, p), value in zip(self._parameters(), values):
-            if value is None:
+        remaining = iter(values)
+        for group in self.param_groups:
+            pairs = [(p, value) for p, value in zip(group["params"], remaining) if value is not None]
+            if not pairs:
                 continue
             group["rho_due"] = group["clip_fraction"] is not None
             self._steps_without_hessian = None
-            state, beta2, average = self._state_of(p), group["betas"][1], group["hessian_average"]
-            state["hessian_updates"] += 1
-            h = state["hessian"]
-            value = value.to(torch.promote_types(h.dtype, value.dtype))  # no square and no mean in half precision
-            if squared and average is None:  # no square is stored
-                h.mul_(beta2).addcmul_(value, value, value=1 - beta2)
-            else:
-                estimate = value.square() if squared else value
-                h.mul_(beta2).add_(averaged(estimate, average), alpha=1 - beta2)
+            params, estimates = map(list, zip(*pairs))
+            states = [self._state_of(p) for p in params]
+            for state in states:
+                state["hessian_updates"] += 1
+            move_hessians(
+                [state["hessian"] for state in states],
+                estimates,
+                group["betas"][1],
+                average=group["hessian_average"],
+                squared=squared,
+                foreach=uses_foreach(group, params),
+            )
 
     # The step -------------------------------------------------------------------------------------------------------
 
@@ -212,9 +213,10 @@ class SophiaBase(StatefulOptimizer):
             grads = [self._dense(p.grad, "step()") for p in params]
             states = [self.state[p] or self._state_of(p) for p in params]
             rho, bound = self._scale_and_bound(group)
-            scales = [hessian_scale(rho, group["hessian_power"], factor)] * len(states)
-            if group["bias_correction"]:
-                scales = [x / bias_correction_factor(group, s) for x, s in zip(scales, states)]
+            scale = hessian_scale(rho, group["hessian_power"], factor)
+            examples = {s["hessian_updates"]: s for s in states}  # usually one: all were updated equally often
+            corrected = {t: scale / bias_correction_factor(group, s) for t, s in examples.items()}
+            scales = [corrected[s["hessian_updates"]] for s in states]
             _count([s["step"] for s in states])
             options = StepOptions.of(group, bound, self.eps_is_minimum)
             m, h = ([s[key] for s in states] for key in MOMENTS)
@@ -289,18 +291,6 @@ def evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:
         return None
     with torch.enable_grad():
         return closure()
-
-
-def averaged(estimate: Tensor, average: str | None) -> Tensor:
-    """Mean over a kernel or an output row, shape (..., 1, 1); as it is where there is nothing to average over."""
-    dims = tuple(range(estimate.dim() if average is None else HESSIAN_AVERAGES[average], estimate.dim()))
-    return estimate.mean(dims, keepdim=True) if dims else estimate
-
-
-def bias_correction_factor(group: dict, state: dict) -> float:
-    """1 - b2^t where bias correction is on and h was updated t > 0 times, else 1."""
-    updates = state["hessian_updates"]
-    return 1 - group["betas"][1] ** updates if group["bias_correction"] and updates else 1.0
 
 
 def require(valid: bool, group: Mapping[str, Any], name: str, expected: str) -> None:

@@ -93,17 +93,21 @@ def working_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def choose_step(group: dict[str, Any], params: Sequence[Tensor]) -> Step:
-    """The implementation for a parameter group: what `foreach` asks for, else multi-tensor kernels on CUDA.
+def uses_foreach(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
+    """Whether a parameter group takes multi-tensor kernels: what `foreach` asks for, else on CUDA.
 
     Args:
         group: `foreach` is True, False, or None (choose by device).
         params: The parameters to update, at least one.
     """
-    foreach = group["foreach"]
-    if foreach is None:  # as torch.optim, not for subclasses such as DTensor
-        foreach = all(p.is_cuda and type(p) in (Tensor, Parameter) for p in params)
-    return foreach_step if foreach else single_tensor_step
+    if group["foreach"] is not None:
+        return group["foreach"]
+    return all(p.is_cuda and type(p) in (Tensor, Parameter) for p in params)  # as torch.optim; not DTensor
+
+
+def choose_step(group: Mapping[str, Any], params: Sequence[Tensor]) -> Step:
+    """The implementation for a parameter group, see `uses_foreach`."""
+    return foreach_step if uses_foreach(group, params) else single_tensor_step
 
 
 def single_tensor_step(
