@@ -61,11 +61,10 @@ def record_of(model: nn.Module) -> LoadRecord:
     record = _LOADED.get(model)
     if record is None:
         initial = initial_parameters(model, is_known(model))
-        everything = initial == dict.fromkeys(name for name, _ in model.named_parameters())
-        is_seen = is_known(model) and everything
-        names = _names(model) if not everything else ()
-        fresh = {row for path in class_layers(model) for row in initial.get(f"{path}.weight", ()) or ()}
-        return LoadRecord(initial, tuple(None if k in fresh else n for k, n in enumerate(names)), is_seen=is_seen)
+        is_new = initial == dict.fromkeys(name for name, _ in model.named_parameters())
+        fresh = [initial.get(f"{path}.weight", ()) for path in class_layers(model)]
+        names = (None if any(_has(rows, k) for rows in fresh) else name for k, name in enumerate(_names(model)))
+        return LoadRecord(initial, tuple(names), is_seen=is_new and is_known(model))
     new = dict(record.new)
     norms = trained_norms(model)
     reset = [path for path in record.norms if not norms.get(path, False)]
@@ -113,9 +112,8 @@ def _record(model: nn.Module, source: nn.Module, base: LoadRecord, before: Mappi
     origin, theirs = record_of(source), dict(source.named_parameters())
     new: dict[str, Rows] = {}
     found: dict[str, list[int]] = {}
-    for name, parameter in sorted(
-        model.named_parameters(), key=lambda item: item[1].dim() < 2
-    ):  # weights before biases
+    weights_first = sorted(model.named_parameters(), key=lambda item: item[1].dim() < 2)
+    for name, parameter in weights_first:
         after, (earlier, values) = parameter.detach(), before.get(name, (None, None))
         if earlier is not parameter or (values is not None and values.shape != after.shape):
             stayed, was = None, None  # the layer was rebuilt
