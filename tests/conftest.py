@@ -113,6 +113,27 @@ def small_model(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def four_classes(tiny_model, tmp_path_factory) -> Path:
+    """A checkpoint of the tiny model with statistics as after a training, of four classes that the data lacks."""
+    import torch
+    import yaml
+    from ultralytics import YOLO
+
+    folder = tmp_path_factory.mktemp("weights")
+    layout = folder / "yolov8n-four.yaml"
+    layout.write_text(yaml.safe_dump(yaml.safe_load(tiny_model.read_text()) | {"nc": 4}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = YOLO(layout).model
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.normal_(module.running_mean)
+    model.names = dict(enumerate(("cat", "dog", "person", "tree")))
+    torch.save({"model": model}, folder / "four.pt")
+    return folder / "four.pt"
+
+
 @pytest.fixture
 def tiny_run(tiny_data, tiny_model, tmp_path) -> dict:
     """Arguments of a training of about a second: 2 epochs of 4 batches of 4 images, one optimizer step per batch."""

@@ -125,6 +125,13 @@ def test_ranks_stay_identical(run):
     assert first[-1][1]["rho_measurements"] == first[-1][1]["hessian_updates"] == 25
 
 
+def test_the_first_rank_fits_new_class_rows_for_all(train, four_classes):
+    fitted = train(model=str(four_classes), fit_head=True, epochs=1)
+    first, second = (seen["steps"] for seen in fitted.seen)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
+    assert fitted.said.count("18 new class rows in 3 layers") == 1, fitted.said
+
+
 def test_noise_differs_per_rank(run):
     first, second = (seen["seeds"] for seen in run.seen)
     assert len(first) == len(second) and len({*first, *second}) == 2 * len(first)

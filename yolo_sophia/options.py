@@ -184,6 +184,12 @@ OPTIONS: Mapping[str, Option] = _by_name(
         high=1,
         ends="(]",
     ),
+    Option(
+        "fit_head",
+        bool,
+        "Fit the new class rows by logistic regression before the first step. External optimizers take it too.",
+        False,
+    ),
     Option("beta2", float, "Decay of h per Hessian update.", 0.99, low=0, high=1, ends="[)"),
 )
 """Sophia's own arguments. The defaults are those of arXiv 2305.14342 and its code."""

@@ -14,7 +14,7 @@ from typing import Any
 from yolo_sophia.options import suggestion
 
 ARGUMENTS = "optimizer_args"
-SHARED = ("bn_momentum", "head_lr_factor")
+SHARED = ("bn_momentum", "head_lr_factor", "fit_head")
 OWN = (ARGUMENTS, *SHARED)
 """Our arguments that a run with an external optimizer takes."""
 RESERVED = {"self", "params", "lr"}

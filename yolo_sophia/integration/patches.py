@@ -87,8 +87,12 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
             patches.require_supported(_keys_for(name))  # again: it may be check_resume that does not fit
             from yolo_sophia.integration.build import build_other, build_sophia
 
-            build = build_sophia if ours else build_other
-            return build(self, original, call.arguments)
+            optimizer = (build_sophia if ours else build_other)(self, original, call.arguments)
+            if getattr(self.args, "fit_head", None):
+                from yolo_sophia.integration.fit_head import fit_before_training
+
+                fit_before_training(self)
+            return optimizer
 
         return wrapper
 
