@@ -80,7 +80,7 @@ def steps(**settings) -> list[Tensor]:
     return [t.detach() for p in params for t in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["hessian"])]
 
 
-@pytest.mark.parametrize("settings", [{}, {"cautious": True}, {"hessian_power": 0.5}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"cautious": True}, {"hessian_power": 0.5}, {"hessian_average": "kernel"}], ids=str)
 def test_multi_tensor_kernels_equal_the_single_tensor_step(settings):
     found, expected = steps(foreach=True, **settings), steps(foreach=False, **settings)
     assert_close(found, expected)
@@ -100,6 +100,7 @@ def test_a_step_waits_for_nothing(kind, settings):
     optimizer = kind(
         params, bias_correction=True, **settings, **({"hessian_interval": None} if kind is SophiaH else {})
     )
+    optimizer.row_factors[params[0]] = torch.rand(8, 1, 1, 1, device=DEVICE)
     optimizer.update_hessian([torch.rand_like(p) for p in params])
     for waits in (contextlib.nullcontext, no_waiting, no_waiting):  # the first step measures rho; m is mature then
         for p in params:
@@ -108,6 +109,17 @@ def test_a_step_waits_for_nothing(kind, settings):
             optimizer.step()
     if settings.get("rho") == "auto":
         assert optimizer.param_groups[0]["rho_measurements"] == 1
+
+
+@counts_on_the_gpu
+@pytest.mark.parametrize("average", [None, "kernel", "row"])
+def test_an_update_of_h_waits_for_nothing(average):
+    params = [Parameter(torch.randn(s, device=DEVICE)) for s in [(8, 3, 3, 3), (4, 8, 3, 3), (8, 8, 1, 1), (8,)]]
+    optimizer = SophiaG(params, hessian_average=average)
+    for waits in (contextlib.nullcontext, no_waiting):
+        estimates = [torch.rand_like(p) for p in params]
+        with waits():
+            optimizer.update_hessian(estimates)
 
 
 @counts_on_the_gpu

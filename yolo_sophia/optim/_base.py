@@ -220,7 +220,7 @@ class SophiaBase(StatefulOptimizer):
             _count([s["step"] for s in states])
             options = StepOptions.of(group, bound, self.eps_is_minimum)
             m, h = ([s[key] for s in states] for key in MOMENTS)
-            factors = [self.row_factors.get(p) for p in params]
+            factors = [self.row_factors.get(p) if self.row_factors else None for p in params]
             choose_step(group, params)(params, grads, m, h, scales, factors, options)
         if self._steps_without_hessian is not None:
             self._warn_without_hessian()
