@@ -80,7 +80,9 @@ def steps(**settings) -> list[Tensor]:
     return [t.detach() for p in params for t in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["hessian"])]
 
 
-@pytest.mark.parametrize("settings", [{}, {"cautious": True}, {"hessian_power": 0.5}, {"hessian_average": "kernel"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"cautious": True}, {"hessian_power": 0.5}, {"hessian_average": "kernel"}], ids=str
+)
 def test_multi_tensor_kernels_equal_the_single_tensor_step(settings):
     found, expected = steps(foreach=True, **settings), steps(foreach=False, **settings)
     assert_close(found, expected)
