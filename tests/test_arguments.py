@@ -42,6 +42,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "hessian_power": 0.5,
     "bn_momentum": 0.2,
     "head_lr_factor": 3.5,
+    "fit_head": True,
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",
     "beta2": 0.77,
