@@ -41,7 +41,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "cautious": True,
     "hessian_power": 0.5,
     "bn_momentum": 0.2,
-    "head_lr_factor": 3.5,
+    "lr_factors": {"head": 3.5},
     "fit_head": True,
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",

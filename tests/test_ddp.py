@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +51,7 @@ def train(tiny_data, tiny_model, tmp_path_factory, python) -> Callable[..., Simp
             "hessian_interval": 2,
             "hessian_fraction": 0.5,
             "lr0": 0.001,
-            "head_lr_factor": "auto",  # decided by each rank for itself: 2.5
+            "lr_factors": {"new": "auto"},  # decided by each rank for itself: 2.5
         }
         parent = TwoProcesses(overrides={**given, **settings})
         with pytest.MonkeyPatch.context() as patch:
@@ -158,9 +159,9 @@ def test_ranks_decide_together_that_a_loss_is_not_known(train):
 
 
 def test_rank_0_logs(run):
-    # The head's rate, the preset and its origins, as on one device; and the drop.
+    # The rates by part, the preset and its origins, as on one device; and the drop.
     assert run.said.count("SophiaG:") == 3, run.said
-    assert run.said.count("head_lr_factor=2.5, the head is new") == 1
+    assert len(re.findall(r"\n    new +\d+ +[\d,]+  0\.0025\n", run.said)) == 1
     assert run.said.count("dropped a Hessian estimate that is not finite (1 so far)") == 1
     assert (run.folder / "weights" / "last.pt").is_file()
     rows = (run.folder / "results.csv").read_text().splitlines()

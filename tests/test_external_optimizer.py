@@ -156,20 +156,20 @@ def test_a_module_that_ends_the_interpreter_is_an_error(tmp_path, monkeypatch):
 
 
 def test_arguments_for_any_dotted_optimizer_are_refused_with_the_way_to_use_them():
-    for keys, hint in (({"head_lr_factor", "bn_momentum"}, True), ({"head_lr_factor", "rho"}, False)):
+    for keys, hint in (({"bn_momentum"}, True), ({"bn_momentum", "rho"}, False)):
         with pytest.raises(ValueError, match=r"are arguments of optimizer=SophiaG, .*optimizer=AdamW") as caught:
             refuse_for_others(keys, "AdamW")
-        assert ("given by a dotted path, as torch.optim.AdamW, take them too" in str(caught.value)) == hint
+        assert ("given by a dotted path, as torch.optim.AdamW, takes them too" in str(caught.value)) == hint
 
 
 def test_arguments_of_a_sophia_run_go_to_an_external_optimizer():
-    """As of `cfg=runs/.../args.yaml optimizer=torch.optim.AdamW optimizer_args=... head_lr_factor=2`."""
+    """As of `cfg=runs/.../args.yaml optimizer=torch.optim.AdamW optimizer_args=... lr_factors=...`."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    given = {"optimizer": "torch.optim.AdamW", "optimizer_args": {"eps": 1e-6}, "head_lr_factor": 2.0}
+    given = {"optimizer": "torch.optim.AdamW", "optimizer_args": {"eps": 1e-6}, "lr_factors": {"head": 2.0}}
     recorded = {"sophia_typed": "detect-finetune:lr0", "rho": 0.5, "bn_momentum": 0.1, "momentum": 0.6, "lr0": 0.002}
     args = argparse.Namespace(**{**DEFAULT_CFG_DICT, **recorded, **given})
     finalize(args, given)
     kept = {key: value for key, value in vars(args).items() if key in OUR_KEYS}
-    assert kept == {"optimizer_args": {"eps": 1e-6}, "head_lr_factor": 2.0}
+    assert kept == {"optimizer_args": {"eps": 1e-6}, "lr_factors": {"head": 2.0}}
     assert args.lr0 == 0.002

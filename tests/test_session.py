@@ -7,9 +7,9 @@ import hashlib
 import inspect
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,7 @@ from ultralytics.utils.patches import torch_load
 from yolo_sophia.curvature import Hutchinson
 from yolo_sophia.integration import monitor
 from yolo_sophia.integration import window as accumulation
-from yolo_sophia.integration.auto_lr import HEAD, is_new, rate_for
-from yolo_sophia.integration.build import parameter_groups
+from yolo_sophia.integration.auto_lr import NEW_RATE, rate_for
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.presets import load_preset
 
@@ -335,9 +334,9 @@ def test_momentum_of_batchnorm_is_set_where_it_is_asked_for(sophia, train):
     assert momenta(train(optimizer="torch.optim.AdamW", bn_momentum=0.2)) == {0.2}
 
 
-@pytest.mark.parametrize("optimizer", ["SophiaG", "torch.optim.AdamW"])
+@pytest.mark.parametrize("optimizer", ["SophiaG", "torch.optim.AdamW", "SGD"])
 def test_the_head_learns_at_a_rate_of_its_own_where_it_is_asked_for(train, optimizer):
-    run = train(optimizer=optimizer, head_lr_factor=4.0)
+    run = train(optimizer=optimizer, lr_factors={"head": 4.0})
     groups, model = run.trainer.optimizer.param_groups, run.trainer.model
     rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
     head = {id(p) for p in model.model[-1].parameters()}
@@ -345,55 +344,29 @@ def test_the_head_learns_at_a_rate_of_its_own_where_it_is_asked_for(train, optim
     assert {rate for p, rate in rates.items() if p in head} == {4 * lr0}
     assert {rate for p, rate in rates.items() if p not in head} == {lr0}
     assert rates.keys() == {id(p) for p in model.parameters()}
-    first, last = groups[0], groups[-1]
+    first, last = groups[1], groups[-1]
     assert last["lr"] == pytest.approx(4 * first["lr"])  # the schedule is the same
-    plain = train(optimizer=optimizer, head_lr_factor=1.0).trainer.optimizer.param_groups
+    plain = train(optimizer=optimizer).trainer.optimizer.param_groups
     assert {group["initial_lr"] for group in plain} == {lr0}
     assert len(plain) == 3
     decays = [sum(p.numel() for g in found for p in g["params"] if g["weight_decay"]) for found in (groups, plain)]
     assert decays[0] == decays[1]
 
 
-def test_a_model_without_a_list_of_modules_has_one_learning_rate():
-    model = torch.nn.Linear(2, 2)
-    group = {"params": list(model.parameters()), "weight_decay": 0.0}
-
-    def original(**call):
-        return torch.optim.AdamW([dict(group)], lr=call["lr"])
-
-    call = {"model": model, "name": "x", "lr": 0.1}
-    assert len(parameter_groups(original, call, "x", 1.0)) == 1
-    with pytest.raises(ValueError, match=r"head_lr_factor needs .* found Linear"):
-        parameter_groups(original, call, "x", 2.0)
-
-
-def test_a_new_head_is_told_from_a_trained_one():
-    """In float16 as well, as Ultralytics saves weights; with one class, whose biases are all alike."""
-    for classes in (1, 80):
-        head = DetectionModel("yolov8n.yaml", nc=classes, verbose=False).model[-1]
-        assert is_new(head) and is_new(deepcopy(head).half())
-        for branch in (*head.cv2, *head.cv3):
-            branch[-1].bias.data += 0.1
-        assert not is_new(head)
-        for branch in head.cv3:  # the classes have changed: the boxes' branch is kept
-            branch[-1].bias.data -= 0.1
-        assert is_new(head)
-    assert not is_new(None) and not is_new(torch.nn.Linear(2, 2))
-
-
-def test_auto_gives_a_new_head_its_own_rate(train):
-    run = train(sophia="detect-finetune", head_lr_factor="auto")
+def test_auto_gives_what_is_new_its_own_rate(train):
+    run = train(sophia="detect-finetune", lr_factors={"new": "auto"})
     args, groups = run.trainer.args, run.trainer.optimizer.param_groups
-    lr, factor = rate_for(run.trainer.data["names"].values(), ())[0], HEAD / args.lr0
-    assert (args.lr0, args.head_lr_factor) == (lr, pytest.approx(factor, rel=1e-3))
-    assert {g["initial_lr"] for g in groups} == {lr, lr * args.head_lr_factor}
-    assert f"head_lr_factor={args.head_lr_factor:g}, the head is new" in run.log
+    lr, factor = rate_for(run.trainer.data["names"].values(), ())[0], NEW_RATE / args.lr0
+    assert (args.lr0, args.lr_factors) == (lr, {"new": pytest.approx(factor, rel=1e-3)})
+    assert {g["initial_lr"] for g in groups if g["params"]} == {lr * args.lr_factors["new"]}  # from scratch
+    assert "others" not in run.log and "6 new, 0 copied by name" in run.log
     trained = train(lr0=0.05, warmup_epochs=0).trainer.last
-    again = train(sophia="detect-finetune", head_lr_factor="auto", model=YOLO(trained))
-    assert again.trainer.args.head_lr_factor == 1
-    assert "head_lr_factor=1, the head is not known to be new" in again.log
+    again = train(sophia="detect-finetune", lr_factors={"new": "auto"}, model=YOLO(trained))
+    assert {g["initial_lr"] for g in again.trainer.optimizer.param_groups if g["params"]} == {again.trainer.args.lr0}
+    assert re.search("class rows: [01] new, [56] copied by name", again.log)  # in four steps, a row may stay as it was
     resumed = torch_load(run.trainer.last, weights_only=False)["train_args"]
-    assert resumed["head_lr_factor"] == args.head_lr_factor  # the number: a resumed head is trained
+    assert resumed["lr_factors"] == args.lr_factors  # the number
+    assert "model.22.cv3.0.2.weight" in resumed["sophia_new_rows"]
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])

@@ -7,7 +7,7 @@ table in docs/arguments.md follow from this file. It imports neither torch nor u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -15,6 +15,12 @@ from typing import Any
 
 AUTO = "auto"
 """Word for a value that is measured or chosen by the package."""
+
+NEW = "new"
+"""The part of `lr_factors` that did not come from the weights."""
+
+FACTORS = "a mapping of parts to numbers > 0"
+"""What `lr_factors` takes, for messages and documentation."""
 
 HUTCHINSON = "hutchinson"
 """The estimator of optimizer=SophiaH. No other optimizer takes it: its estimates can be negative."""
@@ -26,7 +32,7 @@ class Option:
 
     Attributes:
         name: The argument's name.
-        kind: int, float, str or bool.
+        kind: int, float, str or bool; dict for factors by part (`check_factors`).
         doc: One line for the documentation.
         default: Value without a preset; None for Ultralytics' own arguments, whose default stays in force.
         low: Smallest value of a number.
@@ -57,6 +63,8 @@ class Option:
         """The valid values in words, for messages and documentation."""
         if self.kind is bool:
             return "True or False"
+        if self.kind is dict:
+            return FACTORS
         if self.choices:
             *most, last = map(str, self.choices)
             return f"{', '.join(most)} or {last}"
@@ -74,7 +82,7 @@ class Option:
 
     def contains(self, value: Any) -> bool:
         """Whether a value of the right kind is in range."""
-        if self.kind is bool:
+        if self.kind in (bool, dict):
             return True
         if self.choices:
             return value in self.choices
@@ -89,6 +97,8 @@ class Option:
             TypeError: The value is of another kind.
             ValueError: The value is out of range.
         """
+        if self.kind is dict:
+            return check_factors(self.name, value)
         if isinstance(value, str) and value.lower() in self.words:
             return value.lower()
         accepted = {int: int, float: (int, float), str: str, bool: bool}[self.kind]
@@ -165,14 +175,11 @@ OPTIONS: Mapping[str, Option] = _by_name(
         "cautious", bool, "Skip coordinates whose update has the sign opposite to the gradient.", False, in_step=True
     ),
     Option(
-        "head_lr_factor",
-        float,
-        "Learning rate of the head over that of the other layers. `auto`: 0.0025 / lr0 for a new head, else 1. "
-        "External optimizers take it too.",
-        1.0,
-        low=0,
-        ends="()",
-        words=(AUTO,),
+        "lr_factors",
+        dict,
+        "Learning rate over `lr0` by part: `backbone`, `neck`, `head`, `new` (what did not come from the weights, row "
+        "by row; `auto` is 0.0025 / lr0, at least 1) or a pattern of parameter names. Every optimizer takes it.",
+        {},
     ),
     Option(
         "bn_momentum",
@@ -213,10 +220,24 @@ STEP_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.in_step)
 
 ALL: Mapping[str, Option] = MappingProxyType({**OPTIONS, **ULTRALYTICS_ARGS})
 
-RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = MappingProxyType(
-    {"hessian_root": ("hessian_power", MappingProxyType({True: 0.5, False: 1.0}))}
+
+def _power_of_root(value: Any) -> float:
+    return {True: 0.5, False: 1.0}[value]
+
+
+def _factors_of_head(value: Any) -> dict[str, Any]:
+    if str(value).lower() == AUTO:
+        return {NEW: AUTO}
+    return {} if value == 1 else {"head": value}
+
+
+RENAMED: Mapping[str, tuple[str, type, Callable[[Any], Any]]] = MappingProxyType(
+    {
+        "hessian_root": ("hessian_power", bool, _power_of_root),
+        "head_lr_factor": ("lr_factors", object, _factors_of_head),
+    }
 )
-"""Names of 0.1.0, accepted for one version: the new name, and the new value for each old one."""
+"""Names of 0.1.0, accepted for one version: the new name, the kind of the old values, the new value for an old one."""
 
 
 def keys(kind: str) -> set[str]:
@@ -233,10 +254,59 @@ def renamed(name: str, value: Any) -> tuple[str, Any]:
     """
     if name not in RENAMED:
         return name, value
-    new, values = RENAMED[name]
-    if not isinstance(value, bool) or value not in values:
-        raise ValueError(f"'{name}={value}' is an invalid value; use '{new}', which must be {OPTIONS[new].expected}.")
-    return new, values[value]
+    new, kind, convert = RENAMED[name]
+    try:
+        if not isinstance(value, kind):
+            raise TypeError
+        return new, OPTIONS[new].check(convert(value))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"'{name}={value}' is an invalid value; use '{new}', which must be {OPTIONS[new].expected}."
+        ) from None
+
+
+def check_factors(name: str, value: Any) -> dict[str, float | str]:
+    """Check a mapping of parts to factors; text that is a number becomes one, as YAML 1.1 reads 1e1 as text.
+
+    Args:
+        name: Name of the option.
+        value: The mapping. The word "auto" is valid for the part "new" alone.
+
+    Raises:
+        TypeError: Not a mapping of text to numbers.
+        ValueError: A factor is not a finite number above 0.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"'{name}={value}' is of invalid type {type(value).__name__}; '{name}' must be {FACTORS}, such as "
+            "{'backbone': 0.1, 'new': 20}."
+        )
+    factors: dict[str, float | str] = {}
+    for part, factor in value.items():
+        if not isinstance(part, str) or not part.strip():
+            raise TypeError(f"'{name}': found the part {part!r}, expected a name or a pattern of parameter names.")
+        if isinstance(factor, str) and factor.lower() == AUTO and part == NEW:
+            factors[part] = AUTO
+            continue
+        number = _as_number(factor)
+        if number is None:
+            word = f", or {AUTO}" if part == NEW else ""
+            raise TypeError(f"'{name}': {part}: found {factor!r}, expected a number > 0{word}.")
+        if not (number > 0 and math.isfinite(number)):
+            hint = f" To keep layers as they are, use freeze=, not {part}: 0." if number == 0 else ""
+            raise ValueError(f"'{name}': {part}: found {factor!r}, expected a finite number > 0.{hint}")
+        factors[part] = number
+    return factors
+
+
+def _as_number(value: Any) -> float | None:
+    """A number, or text that is one, as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def suggestion(name: object, known: Iterable[object]) -> str:

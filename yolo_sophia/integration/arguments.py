@@ -23,9 +23,16 @@ OPTIMIZERS = ("SophiaG", "SophiaH")
 ULTRALYTICS_OPTIMIZERS = ("SGD", "MuSGD", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSProp", "auto")
 """Ultralytics' own; the list is inside BaseTrainer.build_optimizer, without MuSGD before 8.4."""
 
-SOPHIA_KEYS = (*OPTIONS, "sophia", MARKER)
+NEW_ROWS = "sophia_new_rows"
+"""The argument that records which rows did not come from the weights: a resumed model no longer shows it."""
+
+SOPHIA_KEYS = (*OPTIONS, "sophia", MARKER, NEW_ROWS)
 OUR_KEYS = (*SOPHIA_KEYS, *RENAMED, external_optimizer.ARGUMENTS)
-KNOWN_KEYS = frozenset((*ALL, "sophia"))
+BY_PART = ("lr_factors", NEW_ROWS)
+"""Our arguments that a run with any optimizer takes."""
+SHARED = ("bn_momentum", "fit_head", *BY_PART, external_optimizer.ARGUMENTS)
+"""Our arguments that a run with an external optimizer takes."""
+KNOWN_KEYS = frozenset((*ALL, *RENAMED, "sophia"))
 """What a record of explicit arguments can hold."""
 
 
@@ -38,7 +45,7 @@ def known_arguments() -> set[str]:
     """Every argument that a training takes, ours included."""
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    return {*DEFAULT_CFG_DICT, *OUR_KEYS} - {MARKER, *RENAMED}
+    return {*DEFAULT_CFG_DICT, *OUR_KEYS} - {MARKER, NEW_ROWS}
 
 
 def canonical_optimizer(name: object) -> str | None:
@@ -83,9 +90,10 @@ def finalize(args: Any, overrides: Mapping[str, Any] | None, ours: Iterable[str]
         return
     args.optimizer = name
     if args.resume:  # the checkpoint's arguments, decided by the run that wrote it
-        _rename(vars(args), warn=False)
+        _rename(vars(args), set())
         vars(args).pop(external_optimizer.ARGUMENTS, None)
         return
+    setattr(args, NEW_ROWS, None)  # read from the model again
     is_recorded = vars(args).get(MARKER) is not None
     explicit = set_explicit(vars(args), overrides or {})
     if not is_recorded and RANK in {-1, 0}:
@@ -120,7 +128,7 @@ def set_explicit(args: dict[str, Any], given: Mapping[str, Any]) -> set[str]:
             f"optimizer={args['optimizer']}. Its own arguments are {list(OPTIONS)}."
         )
     args.pop(external_optimizer.ARGUMENTS, None)
-    explicit |= _rename(args)
+    _rename(args, explicit)
     preset = AUTO if args.get("sophia") is None else str(args["sophia"])
     is_decided = record is not None and record.preset and (preset == record.preset or "sophia" not in explicit)
     if preset.lower() == AUTO:
@@ -173,48 +181,76 @@ def check_together(values: Mapping[str, Any], explicit: Iterable[str], optimizer
         )
 
 
-def _rename(args: dict[str, Any], warn: bool = True) -> set[str]:
-    """Replace options under their names of 0.1.0, in place; returns the new names."""
-    found = set()
+def _rename(args: dict[str, Any], explicit: set[str]) -> None:
+    """Replace options under their names of 0.1.0, in place, in the arguments and among the explicit ones.
+
+    Raises:
+        ValueError: An old name and its new one are both explicit.
+    """
     for old in RENAMED:
         value = args.pop(old, None)
-        if value is not None:
-            name, args[RENAMED[old][0]] = options.renamed(old, value)
-            found.add(name)
-            if warn:
-                warnings.warn(f"{old}={value} is now {name}={args[name]}.", FutureWarning, stacklevel=2)
-    return found
+        is_explicit = old in explicit
+        explicit.discard(old)
+        if value is None:
+            continue
+        name, new = options.renamed(old, value)
+        if is_explicit and name in explicit:
+            raise ValueError(f"found {old}={value} and {name}={args[name]}, which are the same setting; remove {old}.")
+        if is_explicit or name not in explicit:
+            args[name] = new
+        if is_explicit:
+            explicit.add(name)
+            warnings.warn(f"{old}={value} is now {name}={new}.", FutureWarning, stacklevel=2)
 
 
 def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> None:
-    """Finalize a run with another optimizer: only external ones keep arguments of ours."""
+    """Finalize a run with another optimizer: only explicit arguments of ours that it takes are kept."""
     record = Record.of(vars(args), KNOWN_KEYS)
     explicit = explicit_keys(vars(args), overrides, record)
     if args.resume:  # the final arguments of the run that wrote the checkpoint
-        for key in ours - set(own_of(args.optimizer)):
+        _rename(vars(args), set())
+        is_by_part = external_optimizer.is_path(args.optimizer) or getattr(args, "lr_factors", None)
+        for key in ours - set(own_of(args.optimizer) if is_by_part else ()):
             vars(args).pop(key, None)
         return
+    vars(args).pop(NEW_ROWS, None)  # read from the model again
     remove_for_other(vars(args), record, explicit, ours)
     if external_optimizer.is_path(args.optimizer):
         external_optimizer.finalize_external(args, explicit)
-        for key in explicit.intersection(external_optimizer.SHARED):
-            ALL[key].check(getattr(args, key))
+    for key in explicit.intersection(SHARED) & ALL.keys():
+        setattr(args, key, ALL[key].check(getattr(args, key)))
 
 
 def own_of(optimizer: object) -> tuple[str, ...]:
     """Our arguments that a run with another optimizer takes."""
-    return external_optimizer.OWN if external_optimizer.is_path(optimizer) else ()
+    return SHARED if external_optimizer.is_path(optimizer) else BY_PART
+
+
+def keys_of(optimizer: object, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Our arguments that a run may use; none if its optimizer is Ultralytics' own, without learning rates by part.
+
+    Args:
+        optimizer: The run's optimizer, or None.
+        given: Arguments of the run.
+
+    Raises:
+        ValueError: The optimizer looks like a misspelling of ours.
+    """
+    if optimizer is not None and canonical_optimizer(optimizer):
+        return OUR_KEYS
+    by_part = given.get("lr_factors") or given.get("head_lr_factor") is not None
+    return own_of(optimizer) if external_optimizer.is_path(optimizer) or by_part else ()
 
 
 def remove_for_other(arguments: dict[str, Any], record: Record | None, explicit: set[str], ours: set[str]) -> None:
-    """Remove our arguments from those of a run with another optimizer, in place.
+    """Remove our arguments from those of a run with another optimizer, in place, and rename those of 0.1.0.
 
     With a record they are those of an earlier Sophia run, and what that run decided is removed too.
 
     Args:
         arguments: All arguments of the run.
         record: The record in them.
-        explicit: Names of the explicit arguments.
+        explicit: Names of the explicit arguments; renamed in place.
         ours: As in `finalize`.
 
     Raises:
@@ -222,6 +258,7 @@ def remove_for_other(arguments: dict[str, Any], record: Record | None, explicit:
     """
     from ultralytics.utils import DEFAULT_CFG_DICT
 
+    _rename(arguments, explicit)
     optimizer = arguments.get("optimizer", "auto")
     own = set(own_of(optimizer))
     if record is None:
@@ -243,10 +280,10 @@ def refuse_for_others(keys: Iterable[str], optimizer: object) -> None:
         ValueError: One of our arguments is among them.
     """
     if found := sorted(set(keys) & set(OUR_KEYS)):
-        shared = " Optimizers given by a dotted path, as torch.optim.AdamW, take them too."
+        shared = " An optimizer given by a dotted path, as torch.optim.AdamW, takes them too."
         raise ValueError(
             f"{found} are arguments of optimizer=SophiaG, but this run has optimizer={optimizer}. Remove them, or add "
-            f"optimizer=SophiaG.{shared if set(found) <= set(external_optimizer.OWN) else ''}"
+            f"optimizer=SophiaG.{shared if set(found) <= set(SHARED) else ''}"
         )
 
 

@@ -1,8 +1,8 @@
-"""Builds the optimizers that Ultralytics does not know, over the parameter groups that it makes for AdamW."""
+"""Builds the optimizers that Ultralytics does not know, and divides the parameter groups of any optimizer by part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,33 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_sophia.curvature import ESTIMATORS, Hutchinson
-from yolo_sophia.integration.arguments import canonical_optimizer
-from yolo_sophia.integration.auto_lr import factor_for, is_new
+from yolo_sophia.integration.arguments import NEW_ROWS, canonical_optimizer
 from yolo_sophia.integration.checkpoints import KEEP_FLOAT32, reworded
-from yolo_sophia.integration.external_optimizer import build_external
-from yolo_sophia.integration.modules import head_of, is_compiled, unwrap
+from yolo_sophia.integration.external_optimizer import constructor, is_path
+from yolo_sophia.integration.lr_factors import Split, assign, numbers, split, table, warm_up_biases
+from yolo_sophia.integration.modules import is_compiled
+from yolo_sophia.integration.provenance import decode, encode, provenance_of
 from yolo_sophia.integration.resolution import decide, save_arguments
+from yolo_sophia.integration.row_rates import attach, check_rescalable
 from yolo_sophia.integration.session import Session
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.optim._base import SophiaBase
 from yolo_sophia.optim._schedule import COUNTERS
-from yolo_sophia.options import AUTO, STEP_OPTIONS
+from yolo_sophia.optim._state import StatefulOptimizer
+from yolo_sophia.options import ALL, NEW, STEP_OPTIONS
+
+
+def build(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> torch.optim.Optimizer:
+    """Build the optimizer of a run that has arguments of this package.
+
+    Args:
+        trainer: The trainer; its arguments are final.
+        original: Ultralytics' own `build_optimizer`.
+        call: Arguments of the call to it.
+    """
+    if canonical_optimizer(call["name"]):
+        return build_sophia(trainer, original, call)
+    return (build_other if is_path(call["name"]) else build_own)(trainer, original, call)
 
 
 def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> SophiaBase:
@@ -42,9 +58,8 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
     resolved = decide(trainer, call)
     values = resolved.values
     schedule = {key: values[key] for key in ("hessian_interval", "hessian_warmup", "hessian_fraction")}
-    groups = parameter_groups(
-        original, call, name, head_factor(trainer, call, values["head_lr_factor"], name), **schedule, **COUNTERS
-    )
+    groups = parameter_groups(original, call, name, **schedule, **COUNTERS)
+    parts = rates_by_part(trainer, groups, call, name)
     save_arguments(trainer)
     settings = dict(
         lr=call["lr"],
@@ -64,12 +79,12 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         LOGGER.info(f"{colorstr(f'{name}:')} {resolved.describe()}")
     if name == "SophiaH":
         refuse_once_differentiable(trainer)
-        optimizer: SophiaBase = SophiaH(groups, **settings, hessian_interval=None)
+        optimizer: SophiaBase = SophiaH(parts.groups, **settings, hessian_interval=None)
         trainer._sophia = Session(trainer, optimizer, Hutchinson())
     else:
-        optimizer = SophiaG(groups, **settings)
+        optimizer = SophiaG(parts.groups, **settings)
         trainer._sophia = Session(trainer, optimizer, ESTIMATORS[values["hessian_estimator"]]())
-    return optimizer
+    return with_rates(optimizer, trainer, parts)
 
 
 def set_bn_momentum(model: torch.nn.Module, momentum: float) -> None:
@@ -98,69 +113,76 @@ def refuse_once_differentiable(trainer: BaseTrainer) -> None:
 
 
 def build_other(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> torch.optim.Optimizer:
-    """Build an external optimizer; arguments as in `build_sophia`."""
+    """Build an external optimizer; arguments as in `build`."""
     if getattr(trainer.args, "bn_momentum", None) is not None:
         set_bn_momentum(trainer.model, trainer.args.bn_momentum)
-    factor = head_factor(trainer, call, getattr(trainer.args, "head_lr_factor", None), call["name"])
+    parts = rates_by_part(trainer, parameter_groups(original, call, call["name"]), call, call["name"])
+    make = constructor(trainer, call)
+    optimizer = make(parts.groups)
+    if parts.row_rates and not isinstance(optimizer, StatefulOptimizer):
+        indices = sorted({rate.group for rate in parts.row_rates})
+        check_rescalable(make, [optimizer.param_groups[i] for i in indices], call["name"])
     save_arguments(trainer)
-    return build_external(trainer, parameter_groups(original, call, call["name"], factor), call)
+    return with_rates(optimizer, trainer, parts)
 
 
-def head_factor(trainer: BaseTrainer, call: dict[str, Any], given: float | str | None, shown: str) -> float:
-    """The number that head_lr_factor is in this run; "auto" is replaced in the trainer's arguments, which are resumed.
+def build_own(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> torch.optim.Optimizer:
+    """Build an optimizer of Ultralytics' own and divide its groups by part; arguments as in `build`."""
+    optimizer = original(**call)
+    parts = rates_by_part(trainer, optimizer.param_groups, call, type(optimizer).__name__)
+    optimizer.param_groups.clear()
+    for group in parts.groups:
+        optimizer.add_param_group(group)
+    save_arguments(trainer)
+    return with_rates(optimizer, trainer, parts)
+
+
+def rates_by_part(trainer: BaseTrainer, groups: Sequence[dict[str, Any]], call: dict[str, Any], shown: str) -> Split:
+    """Divide parameter groups by the parts of `lr_factors`; log the parts, and record them in the trainer's arguments.
 
     Args:
-        trainer: The trainer.
+        trainer: The trainer. Its arguments get numbers for "auto", and the new rows, which are resumed.
+        groups: The groups, with `lr`.
         call: Arguments of the call to `build_optimizer`.
-        given: A number, "auto", or None.
-        shown: Name of the optimizer for the line that is logged.
+        shown: Name of the optimizer for the lines that are logged.
     """
-    if given != AUTO:
-        return 1.0 if given is None else given
-    head = head_of(call["model"])
-    new = is_new(head)
-    trainer.args.head_lr_factor = factor = factor_for(call["lr"], new)
-    if RANK in {-1, 0}:
-        why = "the head is new" if new else "the head is not known to be new"
-        LOGGER.info(f"{colorstr(f'{shown}:')} head_lr_factor={factor:g}, {why}")
-    return factor
+    args, model = trainer.args, call["model"]
+    factors = ALL["lr_factors"].check(getattr(args, "lr_factors", None) or {})
+    provenance = None
+    if NEW in factors:
+        recorded = getattr(args, NEW_ROWS, None) if args.resume else None
+        provenance = decode(recorded) if recorded else provenance_of(model)
+        setattr(args, NEW_ROWS, encode(provenance))
+    factors = numbers(factors, min(group["lr"] for group in groups))
+    if factors:
+        args.lr_factors = factors
+    parts = assign(model, factors, {} if provenance is None else provenance.new)
+    found = split(groups, parts)
+    if factors and RANK in {-1, 0}:
+        LOGGER.info(f"{colorstr(f'{shown}:')} learning rates by part")
+        for line in table(parts, found, provenance):
+            LOGGER.info(f"    {line}")
+    return found
 
 
-def parameter_groups(
-    original: Callable, call: dict[str, Any], shown: str, head_lr_factor: float, **extra: Any
-) -> list[dict[str, Any]]:
+def with_rates(optimizer: torch.optim.Optimizer, trainer: BaseTrainer, parts: Split) -> torch.optim.Optimizer:
+    """The optimizer, with what its steps need for the rates of its parts."""
+    warm_up_biases(optimizer, trainer, parts.biases)
+    attach(optimizer, parts.row_rates)  # after the rates of all groups are set
+    return optimizer
+
+
+def parameter_groups(original: Callable, call: dict[str, Any], shown: str, **extra: Any) -> list[dict[str, Any]]:
     """Ultralytics' own parameter groups, as it makes them for AdamW, with keys of ours added.
-
-    Where the head has a learning rate of its own, each is split in two; those of the head come last, as Ultralytics 8.3
-    takes the first group for the biases in its warm-up.
 
     Args:
         original: Ultralytics' own `build_optimizer`.
         call: Arguments of the call to it.
         shown: Name for the line that it logs.
-        head_lr_factor: Learning rate of the model's head, its last module, over that of the rest.
         extra: What every group gets.
-
-    Raises:
-        ValueError: The factor is not 1, and the model has no list of modules whose last one is its head.
     """
     with reworded("AdamW(", f"{shown}("):
         template = original(**{**call, "name": "AdamW"})
     kept = ("params", "weight_decay", "param_group")  # the last one since 8.4
-    extra = {KEEP_FLOAT32: True, **extra}
-    groups = [{**{key: group[key] for key in kept if key in group}, **extra} for group in template.param_groups]
-    if head_lr_factor == 1:
-        return groups
-    module = head_of(call["model"])
-    if module is None:
-        raise ValueError(
-            "head_lr_factor needs a model whose `model` is a list of modules with the head at its end, found "
-            f"{type(unwrap(call['model'])).__name__}. Use head_lr_factor=1."
-        )
-    head = {id(p) for p in module.parameters()}
-    split = [
-        {**group, "params": [p for p in group["params"] if (id(p) in head) == inside], "lr": call["lr"] * factor}
-        for inside, factor in ((False, 1.0), (True, head_lr_factor))
-        for group in groups
-    ]
-    return [group for group in split if group["params"]]
+    extra = {"lr": call["lr"], KEEP_FLOAT32: True, **extra}
+    return [{**{key: group[key] for key in kept if key in group}, **extra} for group in template.param_groups]

@@ -7,16 +7,13 @@ Ultralytics' defaults are meant for SGD, so without an explicit lr0 the optimize
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 from yolo_sophia.options import suggestion
 
 ARGUMENTS = "optimizer_args"
-SHARED = ("bn_momentum", "head_lr_factor", "fit_head")
-OWN = (ARGUMENTS, *SHARED)
-"""Our arguments that a run with an external optimizer takes."""
 RESERVED = {"self", "params", "lr"}
 """Not to be given in `optimizer_args`: lr is Ultralytics' lr0."""
 
@@ -127,19 +124,25 @@ def finalize_external(args: Any, explicit: set[str]) -> None:
         raise ValueError(f"optimizer={path} does not take {given}: {_shown(error)}.") from None
 
 
-def build_external(trainer: Any, groups: list[dict[str, Any]], call: dict[str, Any]) -> Any:
-    """Build the optimizer over Ultralytics' parameter groups.
+def constructor(trainer: Any, call: Mapping[str, Any]) -> Callable[[list[dict[str, Any]]], Any]:
+    """What constructs the optimizer over parameter groups.
 
     Args:
         trainer: The trainer; its arguments are final.
-        groups: Groups with `params`, `weight_decay` and what else the integration keeps there.
         call: Arguments of the call to `build_optimizer`.
+
+    Returns:
+        A function of groups with `params`, `lr`, `weight_decay` and what else the integration keeps there.
     """
     path = str(call["name"])
     given = check_arguments(path, getattr(trainer.args, ARGUMENTS, None))
-    if "weight_decay" in given:  # replaces Ultralytics' own in the group that decays
-        for group in groups:
-            group["weight_decay"] = given["weight_decay"] if group["weight_decay"] else 0.0
     if "momentum" in _parameters(path):
         given["momentum"] = trainer.args.momentum
-    return load_class(path)(groups, lr=call["lr"], **given)
+
+    def construct(groups: list[dict[str, Any]]) -> Any:
+        if "weight_decay" in given:  # replaces Ultralytics' own in the group that decays
+            decay = given["weight_decay"]
+            groups = [{**group, "weight_decay": decay if group["weight_decay"] else 0.0} for group in groups]
+        return load_class(path)(groups, lr=call["lr"], **given)
+
+    return construct

@@ -7,26 +7,19 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 from yolo_sophia import options
 from yolo_sophia.integration import arguments, explicit
 from yolo_sophia.integration.children import children_know_us, require_ray_workers
-from yolo_sophia.integration.external_optimizer import is_path
 from yolo_sophia.integration.patch_set import PatchSet
 
 
-def _keys_for(optimizer: object) -> tuple[str, ...]:
-    """Our arguments that a run with this optimizer may use; ValueError if it looks like a misspelling of ours."""
-    if optimizer is None:
-        return ()
-    return arguments.OUR_KEYS if arguments.canonical_optimizer(optimizer) else arguments.own_of(optimizer)
-
-
-def _children_of(optimizer: object) -> AbstractContextManager[None]:
-    return children_know_us() if _keys_for(optimizer) else nullcontext()
+def _children_of(optimizer: object, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+    return children_know_us() if arguments.keys_of(optimizer, given) else nullcontext()
 
 
 def _in_checkpoints(name: str) -> Callable[[Callable], Callable]:
@@ -68,7 +61,7 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
     def check_resume(original: Callable) -> Callable:
         def wrapper(self, overrides):
             original(self, overrides)
-            if keys := _keys_for(self.args.optimizer):
+            if keys := arguments.keys_of(self.args.optimizer, vars(self.args)):
                 patches.require_supported(keys)
             arguments.finalize(self.args, overrides, patches.added_keys())
 
@@ -81,13 +74,13 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
             call = signature.bind(self, *args, **kwargs)
             call.apply_defaults()
             name = call.arguments["name"]
-            ours = arguments.canonical_optimizer(name) is not None
-            if not ours and not is_path(name):
+            keys = arguments.keys_of(name, vars(self.args))
+            if not keys:
                 return original(self, *args, **kwargs)
-            patches.require_supported(_keys_for(name))  # again: it may be check_resume that does not fit
-            from yolo_sophia.integration.build import build_other, build_sophia
+            patches.require_supported(keys)  # again: it may be check_resume that does not fit
+            from yolo_sophia.integration.build import build
 
-            optimizer = (build_sophia if ours else build_other)(self, original, call.arguments)
+            optimizer = build(self, original, call.arguments)
             if getattr(self.args, "fit_head", None):
                 from yolo_sophia.integration.fit_head import fit_before_training
 
@@ -105,7 +98,7 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
 
     def train(original: Callable) -> Callable:
         def wrapper(self, *args, **kwargs):
-            if not _keys_for(self.args.optimizer):
+            if not arguments.keys_of(self.args.optimizer, vars(self.args)):
                 return original(self, *args, **kwargs)
             from yolo_sophia.integration.provenance import provenance_for_workers
 
@@ -130,7 +123,8 @@ def _patch_model(patches: PatchSet, module: ModuleType) -> None:
             with explicit.keyword_arguments(kwargs):
                 if isinstance(kwargs.get("data"), (list, tuple)):  # MultiTrainer starts a child for each of them
                     kwargs = arguments.recorded_for_children(kwargs, self.overrides)
-                    with _children_of(kwargs.get("optimizer", self.overrides.get("optimizer"))):
+                    given = {**self.overrides, **kwargs}
+                    with _children_of(given.get("optimizer"), given):
                         return original(self, trainer, **kwargs)
                 return original(self, trainer, **kwargs)
 
@@ -138,7 +132,8 @@ def _patch_model(patches: PatchSet, module: ModuleType) -> None:
 
     def tune(original: Callable) -> Callable:
         def wrapper(self, use_ray=False, *args, **kwargs):
-            if not use_ray or not _keys_for(kwargs.get("optimizer", self.overrides.get("optimizer"))):
+            given = {**self.overrides, **kwargs}
+            if not use_ray or not arguments.keys_of(given.get("optimizer"), given):
                 return original(self, use_ray, *args, **kwargs)
             patches.require_supported(arguments.OUR_KEYS)
             require_ray_workers()
@@ -203,7 +198,7 @@ def _patch_tuner(patches: PatchSet, module: ModuleType) -> None:
 
     def call(original: Callable) -> Callable:
         def wrapper(self, *args, **kwargs):
-            with _children_of(self.args.optimizer):
+            with _children_of(self.args.optimizer, vars(self.args)):
                 return original(self, *args, **kwargs)
 
         return wrapper
