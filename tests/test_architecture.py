@@ -42,7 +42,7 @@ ALLOWED = {  # room -> rooms of this package that it may import
     "report": {"atomic", "runs", "report"},
     "compare": {"options", "atomic", "presets", "integration", "runs", "report", "search_space", "tune", "compare"},
     "tune": {"options", "atomic", "presets", "integration", "runs", "report", "search_space", "tune"},
-    "cli": {"options", "optim", "curvature", "presets", "autoload", "integration", "compare", "tune", ""},
+    "cli": {"options", "optim", "curvature", "presets", "autoload", "integration", "runs", "compare", "tune", ""},
     "": {"optim", "autoload", "tune"},  # __init__.py
 }
 EXTRAS = {  # room -> extras of pyproject.toml whose packages it may import; any other room has the dependencies alone

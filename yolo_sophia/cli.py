@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes the process's.
 
     Returns:
-        The exit code: 0, 1 where `status` found a problem, 2 for wrong usage.
+        The exit code: 0, 1 where `status` or `doctor --strict` found a problem, 2 for wrong usage.
     """
     parser = _Parser(prog="yolo-sophia", description="Sophia for Ultralytics YOLO: yolo train ... optimizer=SophiaG")
     parser.add_argument("--version", action="version", version=f"yolo-sophia {__version__}")
@@ -38,11 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     found.add_argument("preset", nargs="?", help="name of a preset or path of a YAML file")
     found = add("path", lambda a: path(a.name), "print the path of a bundled file, or list all")
     found.add_argument("name", nargs="?", help="such as data/shapes.yaml: yolo train data=$(yolo-sophia path ...)")
+    commands.add_parser("doctor", help="check a training before it begins: data, steps, rates; trains nothing")
     commands.add_parser("compare", help="compare optimizers on your data")
     commands.add_parser("tune", help="search an optimizer's settings on your data")
     with contextlib.suppress(AttributeError):  # not every stream has it
         sys.stdout.reconfigure(errors="backslashreplace")  # on Windows it may know few characters
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["doctor"]:
+        return _guarded(doctor, words[1:])
     if words[:1] in (["compare"], ["tune"]):  # key=value words as in Ultralytics, not argparse's options
         return _guarded(_with_words, words[0], words[1:])
     arguments = parser.parse_args(words)
@@ -118,6 +122,46 @@ def status(check: bool = False) -> int:
         failed = any(answer.result != "ok" for answer in answers)
     print(f"state: {'optimizer=SophiaG cannot be used' if problems or failed else ready}")
     return 1 if problems or failed else 0
+
+
+DOCTOR = """\
+yolo-sophia doctor data=my.yaml model=yolov8n.pt epochs=50 optimizer=AdamW
+
+  --strict        exit code 1 where a fact deserves a look
+  --json          the same facts as JSON
+
+Takes every argument of yolo train. Reads and counts; trains, downloads and writes nothing."""
+
+
+def doctor(words: Sequence[str]) -> int:
+    """Print the facts about a training that has not begun; 1 under `--strict` where one deserves a look.
+
+    Args:
+        words: `key=value` words as for `yolo train`, `--strict` and `--json`.
+
+    Raises:
+        ValueError: As `yolo train` would; or data or model is missing.
+    """
+    if not words or words[0] in {"help", "-h", "--help"}:
+        print(DOCTOR)
+        return 0
+    switches = {"--strict", "--json"}
+    with contextlib.redirect_stdout(sys.stderr):  # Ultralytics' own lines, some of them at its import
+        from yolo_sophia.integration.doctor import as_dicts, examine, table
+        from yolo_sophia.runs.checks import as_list, check_known, check_values
+        from yolo_sophia.runs.words import read
+
+        given = read([word for word in words if word not in switches], ("data",))
+        check_known(given.keys() - {"cfg"}, "doctor")
+        check_values({key: value for key, value in given.items() if key not in {"cfg", "data"}}, "doctor")
+        sets = as_list(given.get("data"))
+        found = {str(data): examine({**given, "data": data}) for data in sets}
+    if "--json" in words:
+        print(json.dumps([{"data": data, "facts": as_dicts(facts)} for data, facts in found.items()], indent=2))
+    else:
+        shown = (f"{data}\n" * (len(sets) > 1) + table(facts) for data, facts in found.items())
+        print("\n\n".join(shown))
+    return int("--strict" in words and any(fact.look for facts in found.values() for fact in facts))
 
 
 def _version(name: str) -> str | None:

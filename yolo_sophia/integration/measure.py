@@ -24,23 +24,42 @@ def count_images(data: str | Path) -> int:
     Raises:
         ValueError: As `read_data`.
     """
+    return len(image_files(data))
+
+
+def image_files(data: str | Path, split: str = "train") -> list[str]:
+    """Images of a split, in the order in which Ultralytics takes a fraction of them.
+
+    Args:
+        data: Path of a data YAML.
+        split: "train", "val" or "test".
+
+    Returns:
+        Their paths; none where `count_images` is 0.
+
+    Raises:
+        ValueError: As `read_data`.
+    """
     from ultralytics.data.utils import DATASETS_DIR
 
     path, content = read_data(data)
-    train = content["train"]
-    if isinstance(train, dict):
-        return sum(map(count_images, train["yolo_data"])) if list(train) == ["yolo_data"] else 0
-    parts = train if isinstance(train, list) else [train]
+    named = content.get(split) or (content.get("validation") if split == "val" else None)
+    if path.is_dir() and (path / split).is_dir():  # of classified images
+        named = split
+    if isinstance(named, dict):
+        sets = named["yolo_data"] if list(named) == ["yolo_data"] else []
+        return [file for one in sets for file in image_files(one, split)]
+    parts = named if isinstance(named, list) else [named] if named else []
     root = Path(content.get("path") or path.parent)
     # Ultralytics 8.3 takes a relative path of a data YAML as one in its folder of data sets.
     for folder in (root, Path(DATASETS_DIR) / root):
-        counts = [_images_at(folder, part) for part in parts]
-        if None not in counts:
-            return sum(counts)
-    return 0
+        found = [_images_at(folder, part) for part in parts]
+        if None not in found:
+            return sorted(file for files in found for file in files)
+    return []
 
 
-def _images_at(root: Path, part: str) -> int | None:
+def _images_at(root: Path, part: str) -> list[str] | None:
     """Images in a folder, linked folders included, or in a list of files; None where there is neither."""
     from ultralytics.data.utils import IMG_FORMATS
 
@@ -50,10 +69,11 @@ def _images_at(root: Path, part: str) -> int | None:
     if place.is_dir():
         names = glob.glob(os.path.join(glob.escape(str(place)), "**", "*.*"), recursive=True)
     elif place.is_file():
-        names = place.read_text(encoding="utf-8-sig", errors="replace").strip().splitlines()
+        lines = place.read_text(encoding="utf-8-sig", errors="replace").strip().splitlines()
+        names = [os.path.join(place.parent, line[2:]) if line.startswith("./") else line for line in lines]
     else:
         return None
-    return sum(name.rpartition(".")[-1].lower() in IMG_FORMATS for name in names)
+    return [name for name in names if name.rpartition(".")[-1].lower() in IMG_FORMATS]
 
 
 def read_data(data: str | Path) -> tuple[Path, dict[str, Any]]:
