@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from statistics import NormalDist, stdev
@@ -14,8 +15,10 @@ from yolo_sophia.compare.aggregate import RESAMPLES, aggregate, iqm, seeds_neede
 from yolo_sophia.compare.pairwise import cost_ratio, final_difference
 from yolo_sophia.compare.plan import parse, plan_yaml, runs
 from yolo_sophia.compare.score import Curve
+from yolo_sophia.compare.sections import profiles, verdict
 from yolo_sophia.compare.statistics import compute
 from yolo_sophia.compare.tuning import tune_plans
+from yolo_sophia.report.document import Fold, Gallery, Table, Text, Verdict
 from yolo_sophia.runs import estimate
 from yolo_sophia.runs.results import MAP50, MAP50_95, RunResult
 
@@ -122,7 +125,8 @@ def test_values_over_all_data_sets_by_hand():
     shares = dict(zip(of("S").taus, of("S").shares))
     for tau, share in shares.items():
         assert share == pytest.approx(np.mean([np.mean(np.array(own) > tau) for own in SCORES["S"].values()]))
-    assert of("S").shares[0] == 1 and of("S").shares[-1] == 0 and of("A").taus == of("S").taus
+    assert of("S").taus[0] == pytest.approx(0.5 - 0.05 * 0.8) and of("S").taus == of("A").taus  # not from 0
+    assert of("S").shares[0] == pytest.approx(8 / 9) and of("A").shares[0] == 1 and of("S").shares[-1] == 0
 
 
 def test_intervals_are_those_of_a_bootstrap_that_resamples_every_data_set_and_arm():
@@ -185,6 +189,25 @@ def test_number_of_seeds_of_a_simulated_study():
     assert seeds_needed(0.0, 0.01) == 2 and NormalDist().inv_cdf(0.8) == pytest.approx(0.8416, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("gaps", "outcome"),
+    [
+        ((0.01, 0.02, 0.03), "tie"),  # .02 +- 4.3027 * .01 / sqrt(3) = .0248
+        ((0.015, 0.02, 0.025), "win"),  # half of that
+        ((-0.015, -0.02, -0.025), "loss"),
+        ((0.0, 0.0, 0.0), "tie"),
+        ((0.2, 0.2), "open"),  # two seeds say little about their scatter
+        ((0.2,), "open"),
+    ],
+)
+def test_win_tie_and_loss(gaps, outcome):
+    def run(arm: str, seed: int, final: float) -> Curve:
+        return Curve(arm, "d", seed, 1.0, (1,), (1,), (1.0,), (final,), (final,))
+
+    curves = [run(arm, s, 0.5 + (arm == "S") * gap) for arm in "SA" for s, gap in enumerate(gaps)]
+    assert final_difference(curves, "S", "A", "d").outcome == outcome
+
+
 def results_of(plan, finals: dict[tuple[str, str], list[float | None]]) -> list[RunResult]:
     """Runs of 10 epochs that rise in equal steps to these finals, by arm and data set; None: failed after an epoch."""
     made = []
@@ -224,7 +247,7 @@ def test_scores_of_a_comparison(tmp_path):
     }
     assert own["S"] == of("S", scores)  # a failed run scores 0
     outcomes = [data.arms[1].difference.outcome for data in result.data]
-    assert outcomes == ["win", "tie", "loss"]
+    assert outcomes == ["win", "tie", "open"]
     gaps = [0.05, 0.051, 0.051]
     assert result.data[0].arms[1].difference.scatter == pytest.approx(stdev(gaps))
     one = compute(make_plan(tmp_path, "x.yaml"), results_of(make_plan(tmp_path, "x.yaml"), FINALS))
@@ -256,3 +279,78 @@ def test_second_target(tmp_path):
     plan = make_plan(tmp_path, "x.yaml", target=0.5)
     (data,) = compute(plan, results_of(plan, FINALS)).data
     assert data.near is None and data.arms[1].near is None and data.arms[1].near_steps is None
+
+
+# Report ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _no_png(monkeypatch):
+    monkeypatch.setattr("yolo_sophia.report.figure_style.to_png", lambda _: b"PNG")
+
+
+def parts(section, kind: type) -> list:
+    return [block for block in section.blocks if isinstance(block, kind)]
+
+
+@pytest.mark.usefixtures("_no_png")
+def test_verdict_is_one_sentence_per_arm_and_a_table(tmp_path):
+    plan = make_plan(tmp_path)
+    result = compute(plan, results_of(plan, FINALS))
+    (section,) = verdict.sections(result)
+    (arm,) = parts(section, Verdict)
+    own = result.aggregates[1]
+    ends = [f"{v:.3f}" for v in (own.iqm.value, own.iqm.low, own.iqm.high)]
+    odds = [f"{v:.2f}" for v in (own.improvement.value, own.improvement.low, own.improvement.high)]
+    assert (arm.arm, arm.badge) == ("S", "no difference shown")
+    assert arm.sentences == [
+        f"Over 3 data sets, the final mAP50-95 of S is {ends[0]} ({ends[1]} to {ends[2]}) of A's median (interquartile "
+        f"mean), and a run ends above one of A with probability {odds[0]} ({odds[1]} to {odds[2]}): no difference "
+        "shown; by data set 1 win, 1 tie, 0 losses, 1 open."
+    ]
+    (table,) = parts(section, Table)
+    assert [row[0] for row in table.rows] == ["x", "y", "z", "all"]
+    assert [row[1][0] for row in table.rows] == ["win", "tie", "open", "1 win, 1 tie, 0 losses, 1 open"]
+    assert table.rows[0][1][1] == "+0.051 (+0.049 to +0.052, 3 seeds)"
+    assert table.rows[-1][1][1] == "mean at or above on 2 of 3"
+    texts = [block.text for block in parts(section, Text)]
+    assert sum("ndicative only" in text for text in texts) == 1
+    (fold,) = parts(section, Fold)
+    assert [block.arm for block in fold.blocks if isinstance(block, Verdict)] == ["S on x", "S on y", "S on z"]
+    assert not fold.opened and "ndicative" not in str([block.sentences for block in fold.blocks[:3]])
+
+
+@pytest.mark.parametrize(("gap", "badge", "tone"), [(0.05, "higher", "better"), (-0.05, "lower", "worse")])
+def test_direction_of_the_verdict(tmp_path, gap, badge, tone):
+    plan = make_plan(tmp_path, "x.yaml,y.yaml", seeds=5)
+    finals = {
+        (a, d): [0.5 + (a == "S") * gap + 0.001 * s for s in range(5)] for a in "AS" for d in ("x.yaml", "y.yaml")
+    }
+    result = compute(plan, results_of(plan, finals))
+    found = verdict.overall_sentence(result.aggregates[1], "A", Counter(win=1, tie=2))
+    assert f": {badge}; by data set 1 win, 2 ties, 0 losses." in found
+    assert (verdict._overall(result, 1).badge, verdict._overall(result, 1).tone) == (badge, tone)
+    assert verdict._fewest_pairs([data.arms[1] for data in result.data]) == 5  # enough: no note
+
+
+@pytest.mark.usefixtures("_no_png")
+def test_no_verdict_over_data_sets_that_are_not_comparable(tmp_path):
+    plan = make_plan(tmp_path)
+    result = compute(plan, [r for r in results_of(plan, FINALS) if r.run.arm == "A" or r.run.data == "x.yaml"])
+    (section,) = verdict.sections(result)
+    (arm,) = parts(section, Verdict)
+    assert arm.sentences == ["Fewer than two data sets have full runs of every arm."] and arm.badge == "no verdict"
+    (table,) = parts(section, Table)
+    assert [row[1] for row in table.rows[1:3]] == ["\N{EN DASH}"] * 2 and table.rows[0][1][0] == "win"
+
+
+@pytest.mark.usefixtures("_no_png")
+def test_section_over_all_data_sets(tmp_path):
+    plan = make_plan(tmp_path)
+    result = compute(plan, results_of(plan, FINALS))
+    (section,) = profiles.sections(result)
+    table = parts(section, Table)[0]
+    assert [row[0] for row in table.rows] == ["A", "S"] and table.rows[0][2] == "\N{EN DASH}"
+    assert table.rows[1][1] == verdict.interval_text(result.aggregates[1].iqm)
+    score = parts(section, Gallery)[0].pictures[0]
+    assert score.name == "score-profile" and f"S {result.aggregates[1].iqm.value:.3f}" in score.alt

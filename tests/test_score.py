@@ -455,8 +455,7 @@ def named(own: list[Curve], base: list[Curve], **arguments) -> str:
         (
             (INF, INF, 5),
             (10, 10, 10),
-            "Indicative only: SophiaG missed AdamW's final mAP50-95 in 2 of 3 seeds, AdamW in 0 of 3 seeds:"
-            " no difference shown.",
+            "SophiaG missed AdamW's final mAP50-95 in 2 of 3 seeds, AdamW in 0 of 3 seeds: no difference shown.",
         ),
         (
             (INF,) * 5,
@@ -466,14 +465,12 @@ def named(own: list[Curve], base: list[Curve], **arguments) -> str:
         (
             (9, 9, 9),
             (10, 10, 10),
-            "Indicative only: SophiaG reached AdamW's final mAP50-95 in 0.90x its steps (0.90-0.90, 3 seeds):"
-            " fewer steps.",
+            "SophiaG reached AdamW's final mAP50-95 in 0.90x its steps (0.90-0.90, 3 seeds): fewer steps.",
         ),
         (
             (9,),
             (10,),
-            "Indicative only: SophiaG reached AdamW's final mAP50-95 in 0.90x its steps (no interval, 1 seed):"
-            " no difference shown.",
+            "SophiaG reached AdamW's final mAP50-95 in 0.90x its steps (no interval, 1 seed): no difference shown.",
         ),
     ],
 )
@@ -485,7 +482,7 @@ def test_verdict_says_what_it_leaves_out():
     own = [*reaching("S", 8, 8, 8, 8, INF, 8), run("S", 6, 0.9, failed=True)]
     text = named(own, reaching("A", 10, 10, 10, 10, INF, seeds=(0, 1, 2, 3, 4)), target=0.5)
     assert text == (
-        "Indicative only: SophiaG reached mAP50-95 0.500 in 0.80x AdamW's steps (0.80-0.80, 4 seeds): fewer steps."
+        "SophiaG reached mAP50-95 0.500 in 0.80x AdamW's steps (0.80-0.80, 4 seeds): fewer steps."
         " SophiaG missed it in 1 of 5 seeds, AdamW in 1 of 5 seeds."
         " Where both missed it (1 seed), nothing is said about the ratio."
         " Left out, as run in one arm only: seeds 5, 6."
@@ -504,9 +501,7 @@ def test_verdict_where_there_is_none():
         [run("S", 0, 0.5)], [run("A", 0, 0.0)]
     )
     missed = named(reaching("S", INF), reaching("A", INF), target=0.5)
-    assert missed == (
-        "Indicative only: SophiaG missed mAP50-95 0.500 in 1 of 1 seed, AdamW in 1 of 1 seed: no verdict."
-    )
+    assert missed == ("SophiaG missed mAP50-95 0.500 in 1 of 1 seed, AdamW in 1 of 1 seed: no verdict.")
     assert "no seed in common" in named(reaching("S", 1, seeds=(1,)), reaching("A", 1, seeds=(2,)))
 
 
@@ -514,13 +509,13 @@ def test_horizon_verdict():
     own = planned("S", h100=(0.6,) * 3, h80=(0.5,) * 3, h65=(0.6,) * 3, h50=(0.1,) * 3)
     base = horizon_score(BASE, "A", "A", "d")
     assert verdict.horizon_sentence(horizon_score(own + BASE, "S", "A", "d"), base) == (
-        "Indicative only: S's shortest planned schedule that ends at or above A's final mAP50-95 is 0.65 T"
+        "S's shortest planned schedule that ends at or above A's final mAP50-95 is 0.65 T"
         " (0.5, 0.65, 0.8, 1 planned), although 0.8 T missed it; A's own is 0.8 T (medians, 3 seeds at least)."
     )
     none = horizon_score(planned("S", h100=(0.1,) * 5, h80=(0.1,) * 5) + BASE, "S", "A", "d", target=0.8)
     base = horizon_score(BASE, "A", "A", "d", target=0.8)
     assert verdict.horizon_sentence(none, base) == (
-        "Indicative only: S has no planned schedule that ends at or above mAP50-95 0.800 (planned: 0.8, 1 of T);"
+        "S has no planned schedule that ends at or above mAP50-95 0.800 (planned: 0.8, 1 of T);"
         " A has none, but the two ran different ones (medians, 3 seeds at least)."
     )
     many = planned("A", h100=(0.5,) * 5, h80=(0.5,) * 5)
@@ -545,7 +540,7 @@ def test_difference_verdict():
     )
     alike = [run("S", 0, 0.4999)] + [run("A", 0, 0.5)]
     assert verdict.difference_sentence(final_difference(alike, "S", "A", "d")) == (
-        "Indicative only: S's final mAP50-95 minus A's is +0.000 (no interval, 1 seed): no difference shown."
+        "S's final mAP50-95 minus A's is +0.000 (no interval, 1 seed): no difference shown."
     )
     crashed = [run("S", 0, 0.5, failed=True), run("A", 0, 0.5)]
     assert "no finished seed in common" in verdict.difference_sentence(final_difference(crashed, "S", "A", "d"))

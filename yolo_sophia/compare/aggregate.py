@@ -21,6 +21,8 @@ import numpy as np
 RESAMPLES = 10_000
 POINTS = 100
 """Thresholds of a score profile."""
+LIMITS = (0.5, 2.0)
+"""Between these the thresholds lie: a failed run, which scores 0, would leave little room for the others."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ def aggregate(scores: Mapping[str, Mapping[str, Sequence[float]]], reference: st
     """
     values = {arm: [np.asarray(one, dtype=float) for one in own.values()] for arm, own in scores.items()}
     pooled = np.concatenate([one for own in values.values() for one in own])
-    room = 0.05 * (float(np.ptp(pooled)) or 1.0)
-    taus = np.linspace(pooled.min() - room, pooled.max() + room, POINTS)
+    low, high = max(pooled.min(), LIMITS[0]), min(pooled.max(), LIMITS[1])
+    room = 0.05 * ((high - low) or 1.0)
+    taus = np.linspace(low - room, high + room, POINTS)
     rng = np.random.default_rng(0)
     counts = {arm: [_resampled(len(one), rng) for one in own] for arm, own in values.items()}
     known = min(len(one) for own in values.values() for one in own) > 1

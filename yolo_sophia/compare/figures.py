@@ -101,11 +101,14 @@ def curve_picture(
     label: str,
     axis: str,
     *,
-    target: float | None = None,
+    targets: Sequence[float] = (),
     empty: float = math.nan,
     arms: Sequence[ArmResult] | None = None,
 ) -> Picture:
-    """A column of the full runs on a data set over one of the axes; `arms` defaults to all."""
+    """A column of the full runs on a data set over one of the axes; `arms` defaults to all.
+
+    `targets` are horizontal lines, the target first.
+    """
     losses = sum(name.startswith("train/") for name in result.columns)
     points = max(24, min(120, POINTS // (len(result.data) * len(result.arms) * 3 * (1 + losses))))
     lines = []
@@ -118,11 +121,11 @@ def curve_picture(
     title = f"{short(data.name)}: {label} over {AXIS_LABELS[axis].removeprefix('optimizer ').removeprefix('training ')}"
     ends = [f"{line.style.name} {line.middle[-1]:.3g}" if line.x else f"{line.style.name} no run" for line in lines]
     alt = f"{title}. Median of the runs at the end: {', '.join(ends)}."
-    alt += "" if target is None else f" Target {target:.3f}."
-    return picture(f"{data.name}-{label}-{axis}", curves(title, label, axis, lines, target), alt)
+    alt += f" Target {targets[0]:.3f}." if targets else ""
+    return picture(f"{data.name}-{label}-{axis}", curves(title, label, axis, lines, targets), alt)
 
 
-def curves(title: str, label: str, axis: str, lines: Sequence[Series], target: float | None = None) -> Figure:
+def curves(title: str, label: str, axis: str, lines: Sequence[Series], targets: Sequence[float] = ()) -> Figure:
     """Values over steps, images or seconds: median lines, and bands from the lowest to the highest seed."""
     figure, axes = panel(title, [line.style for line in lines])
     scale, unit = axis_unit(axis, max((line.x[-1] for line in lines if line.x), default=0))
@@ -135,13 +138,14 @@ def curves(title: str, label: str, axis: str, lines: Sequence[Series], target: f
             axes.plot(xs[-1] / scale, ys[-1], "x", color=line.style.color, markersize=8, markeredgewidth=2.2)
     # The limits follow the medians: the band of a diverged run may leave the picture.
     values = [v for line in lines for v in line.middle if math.isfinite(v)] or [0.0, 1.0]
-    low, high = min([*values, target or values[0]]), max([*values, target or values[0]])
+    low, high = min([*values, *targets]), max([*values, *targets])
     room = (high - low or abs(high) or 1) * 0.12
     axes.set_ylim(low - room if low < 0 or low > room else -0.02 * high, high + room)
-    if target is not None:
+    for number, target in enumerate(targets):  # the label of a second, lower one is below its line
         axes.axhline(target, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-        axes.annotate(f"target {target:.3f}", (0.02, target), (0, 3), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", color=MUTED, fontsize=8)  # fmt: skip
+        text = f"{target / targets[0]:.0%} of it: {target:.3f}" if number else f"target {target:.3f}"
+        axes.annotate(text, (0.02, target), (0, -3 if number else 3), xycoords=("axes fraction", "data"), color=MUTED,
+                      textcoords="offset points", va="top" if number else "bottom", fontsize=8)  # fmt: skip
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=axis != "seconds"))
     if axis != "seconds":

@@ -131,7 +131,7 @@ class Difference:
     """Final mAP50-95 of an arm minus that of the reference, paired by seed.
 
     The arm wins or loses on the data set if `direction` is not 0. A tie is a mean difference within the scatter of the
-    seeds: its 95 % interval (Student's t) contains 0.
+    seeds: its 95 % interval (Student's t) contains 0. Fewer than three seeds leave it open.
 
     Attributes:
         seeds: Seeds that both arms have finished.
@@ -153,8 +153,8 @@ class Difference:
 
     @property
     def outcome(self) -> str:
-        """One of "win", "tie" and "loss"; "open" for fewer than two seeds."""
-        return "open" if self.mean.low is None else ("tie", "win", "loss")[self.direction]
+        """One of "win", "tie", "loss" and "open"."""
+        return "open" if self.mean.count < 3 else ("tie", "win", "loss")[self.direction]
 
     @property
     def scatter(self) -> float | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.plan import Plan
 from yolo_sophia.compare.sections import SECTIONS
-from yolo_sophia.compare.sections.verdict import ENOUGH
 from yolo_sophia.compare.statistics import ComparisonResult, compute
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.report.document import Document
@@ -72,7 +71,7 @@ def badges(result: ComparisonResult) -> list[str]:
     failed = states.count("failed")
     lengths = sorted({data.epochs for data in result.data})
     return [
-        count(len(plan.seeds), "seed") + (": indicative only" if len(plan.seeds) < ENOUGH else ""),
+        count(len(plan.seeds), "seed"),
         f"{lengths[0]} to {lengths[-1]} epochs" if len(lengths) > 1 else f"{lengths[0]} epochs",
         f"{states.count('finished')} of {count(result.planned, 'run')} finished",
         *([f"{failed} failed"] if failed else []),

@@ -18,4 +18,4 @@ from yolo_sophia.compare.sections import (
     verdict,
 )
 
-SECTIONS = (verdict, results, profiles, horizons, coco, sophia, runs, settings, tuning, setup, plan, guide)
+SECTIONS = (verdict, profiles, results, horizons, coco, sophia, runs, settings, tuning, setup, plan, guide)

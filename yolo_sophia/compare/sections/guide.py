@@ -11,6 +11,8 @@ TEXTS = (
     "infinite cost.",
     "Ratio: the median over seeds of the arm's cost divided by the reference arm's with the same seed, which shares "
     "initial weights, data order and augmentation. Below 1 is cheaper. The interval is a bootstrap over seeds.",
+    "Target: unless the plan has one, the reference arm's median final mAP50-95. Half of its own runs miss it "
+    "by construction, so 97 % of it is a second target.",
     "A run can exceed its own final mAP early by chance, and a long schedule is slow to pass values that a short one "
     "reaches sooner. Where horizons were run, they are the fairer score.",
     "Best mAP is chosen on the validation images themselves and flatters every arm.",

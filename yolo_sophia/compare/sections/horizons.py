@@ -51,7 +51,7 @@ def _picture(data: DataResult) -> Picture:
             lines.append(Series(style_of(arm), x, middle, *zip(*arm.horizons.ranges)))
             words.append(f"{arm.name} " + ", ".join(f"{value:.3f} at {h:g} T" for h, value in zip(x, middle)))
     title = f"{short(data.name)}: final mAP50-95 of full schedules"
-    figure = curves(title, "final mAP50-95", "steps", lines, data.target)
+    figure = curves(title, "final mAP50-95", "steps", lines, [data.target] if data.target else [])
     axes = figure.axes[0]
     lengths = sorted({x for line in lines for x in line.x})
     axes.set_xlim(lengths[0] - 0.03, lengths[-1] + 0.03)

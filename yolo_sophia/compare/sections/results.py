@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from yolo_sophia.compare.figures import AXIS_LABELS, AXIS_NOUNS, axis_unit, curve_picture, style_of
 from yolo_sophia.compare.pairwise import Ratio
 from yolo_sophia.compare.score import AXES
-from yolo_sophia.compare.statistics import ArmResult, ComparisonResult, DataResult
+from yolo_sophia.compare.statistics import NEAR, ArmResult, ComparisonResult, DataResult
 from yolo_sophia.report.document import Block, Cell, Fold, Gallery, Picture, Section, Table, Text
 from yolo_sophia.report.figure_style import INK, MUTED, picture, row_panel, short
 from yolo_sophia.report.formatting import DASH, PLUS_MINUS, TIMES, duration, mean_cell, ratio_number, size
@@ -38,7 +38,8 @@ def sections(result: ComparisonResult) -> list[Section]:
 
 
 def _blocks(result: ComparisonResult, data: DataResult) -> list[Block]:
-    curves = [curve_picture(result, data, MAP50_95, "mAP50-95", axis, target=data.target, empty=0.0) for axis in AXES]
+    lines = [value for value in (data.target, data.near) if value]
+    curves = [curve_picture(result, data, MAP50_95, "mAP50-95", axis, targets=lines, empty=0.0) for axis in AXES]
     blocks: list[Block] = [_table(result, data), Gallery(curves, CURVES)]
     if data.target is not None:
         blocks.append(Gallery([_cost_picture(data, axis) for axis in AXES], "Bars: median over seeds. Marks: seeds."))
@@ -54,8 +55,14 @@ def _table(result: ComparisonResult, data: DataResult) -> Table:
     times = [arm.summary.cost["seconds"] for arm in data.arms if arm.summary and data.target]
     longest = max(filter(math.isfinite, times), default=0.0)
     target = f"target: mAP50-95 {data.target:.3f}" if data.target else "no target"
+    target += f", {NEAR:.0%} of it {data.near:.3f}" if data.near else ""
     caption = f"{data.name}: {target}; mean {PLUS_MINUS} half of the 95 % interval, medians over seeds"
-    return Table(caption, HEAD, [_row(arm, len(result.plan.seeds), longest) for arm in data.arms])
+    rows = [_row(arm, len(result.plan.seeds), longest) for arm in data.arms]
+    if data.near is None:
+        return Table(caption, HEAD, rows)
+    nears = [_cost(arm.near_steps, arm.near) for arm in data.arms]
+    head: Cell = (f"steps to {NEAR:.0%}", "ratio, 95 % interval")
+    return Table(caption, [*HEAD[:-1], head, HEAD[-1]], [[*row[:-1], near, row[-1]] for row, near in zip(rows, nears)])
 
 
 def _row(arm: ArmResult, seeds: int, longest: float) -> list[Cell]:
@@ -67,7 +74,7 @@ def _row(arm: ArmResult, seeds: int, longest: float) -> list[Cell]:
     return [
         name,
         *(mean_cell(value.value, value.half) for value in (summary.final, summary.best, summary.final50)),
-        *(_cost(arm, axis, longest) for axis in AXES),
+        *(_cost(summary.cost[axis], arm.ratios.get(axis), longest if axis == "seconds" else None) for axis in AXES),
         duration(arm.step_seconds),
         share,
         size(arm.peak_memory),
@@ -75,13 +82,12 @@ def _row(arm: ArmResult, seeds: int, longest: float) -> list[Cell]:
     ]
 
 
-def _cost(arm: ArmResult, axis: str, longest: float) -> Cell:
-    """Median cost to the target with the ratio to the reference arm; times in the unit of the longest."""
-    value = arm.summary.cost[axis]
+def _cost(value: float | None, ratio: Ratio | None, longest: float | None = None) -> Cell:
+    """Median cost to a target with the ratio to the reference arm; a time if `longest` is given, in its unit."""
     if value is None:
         return DASH
-    text = "missed" if math.isinf(value) else duration(value, longest) if axis == "seconds" else f"{round(value):,}"
-    return text, ratio_text(arm.ratios[axis]) if axis in arm.ratios else ""
+    text = f"{round(value):,}" if longest is None and math.isfinite(value) else duration(value, longest)
+    return "missed" if math.isinf(value) else text, ratio_text(ratio) if ratio else ""
 
 
 def ratio_text(ratio: Ratio) -> str:

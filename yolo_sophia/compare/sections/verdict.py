@@ -1,25 +1,27 @@
-"""The verdict on each arm, the A/A controls, and what to know before relying on them.
+"""The verdict on each arm in one sentence, a table by data set, the A/A controls, and what to know beforehand.
 
-A difference is stated only if its interval, as printed, excludes equality. With fewer than five paired seeds a sentence
-begins with "Indicative only".
+A difference is stated only if its interval, as printed, excludes equality. Everything else is in a fold, in words.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from yolo_sophia.compare.aggregate import Aggregate, Interval
 from yolo_sophia.compare.figures import AXIS_NOUNS, style_of
 from yolo_sophia.compare.pairwise import Control, Difference, HorizonScore, Ratio
 from yolo_sophia.compare.sections.results import ratio_text
 from yolo_sophia.compare.sections.runs import listed
-from yolo_sophia.compare.statistics import ArmResult, ComparisonResult, DataResult
-from yolo_sophia.report.document import Block, Gallery, Picture, Section, Split, Text, Verdict
+from yolo_sophia.compare.statistics import ArmResult, ComparisonResult
+from yolo_sophia.report.document import Block, Cell, Fold, Gallery, Picture, Section, Split, Table, Text, Verdict
 from yolo_sophia.report.figure_style import INK, MUTED, picture, row_panel, short
-from yolo_sophia.report.formatting import TIMES, count, ratio_number
+from yolo_sophia.report.formatting import DASH, TIMES, count, ratio_number
 
 ENOUGH = 5  # paired seeds
 WORDS = {  # axis -> what is saved, less of it, more of it
@@ -36,7 +38,7 @@ UNTUNED = "Untuned: every arm ran with its preset or defaults, so this compares 
 
 
 def sections(result: ComparisonResult) -> list[Section]:
-    """Warnings, verdicts, and the ratios of steps and time to the target."""
+    """Warnings, verdicts, the table by data set, and the ratios of steps and time to the target."""
     blocks: list[Block] = []
     if missing := result.not_ended:
         text = f"Incomplete. {len(missing)} of {count(result.planned, 'run')} not ended: {listed(missing[:6])}"
@@ -46,21 +48,110 @@ def sections(result: ComparisonResult) -> list[Section]:
         return [Section("verdict", "Verdict", [*blocks, Text(NO_RUN, "warning")])]
     if len(result.arms) == 1:
         blocks.append(Text(f"{result.arms[0]} is the only arm: there is nothing to compare it with."))
-    verdicts: list[Block] = [
-        _verdict(result, data, arm) for data in result.data for arm in data.arms[1:] if arm.name not in result.repeated
-    ]
+    several = len(result.data) > 1
+    arms = [arm for data in result.data for arm in data.arms[1:] if arm.name not in result.repeated]
+    if (fewest := _fewest_pairs(arms)) < ENOUGH:
+        text = f"Indicative only: {count(fewest, 'pair')} of seeds in the smallest comparison, fewer than {ENOUGH}."
+        blocks.append(Text(text, "note"))
+    details = [_verdict(result, arm) for arm in arms]
+    if several:
+        verdicts: list[Block] = [_overall(result, number) for number in _others(result)]
+    else:
+        verdicts = [replace(one, sentences=one.sentences[:1]) for one in details]
+        details = [replace(one, sentences=one.sentences[1:]) for one in details if one.sentences[1:]]
     verdicts += [_control_verdict(found) for found in result.controls]
     if not result.plan.tune_trials and len(result.arms) > 1:
         verdicts.append(Text(UNTUNED, "note"))
     verdicts.append(Text(BATCH_NORM[result.plan.bn_recalibrate], "note"))
-    if pictures := [drawn for axis in ("steps", "seconds") if (drawn := _forest(result, axis))]:
-        caption = "Marks: median over seeds. Lines: 95 % interval, with an arrow where it continues."
-        verdicts = [Split(verdicts, [Gallery(pictures, caption)])]
+    pictures = [drawn for axis in ("steps", "seconds") if (drawn := _forest(result, axis))]
+    caption = "Marks: median over seeds. Lines: 95 % interval, with an arrow where it continues."
+    galleries: list[Block] = [Gallery(pictures, caption)] if pictures else []
+    if several:
+        details += galleries
+    elif galleries:
+        verdicts = [Split(verdicts, galleries)]
+    verdicts += [_table(result)] if arms else []
+    verdicts += [Fold("In words, by data set" if several else "In words", details, not several)] if details else []
     return [Section("verdict", "Verdict", [*blocks, *verdicts])]
 
 
-def _verdict(result: ComparisonResult, data: DataResult, arm: ArmResult) -> Verdict:
-    """Steps to the target, horizons, final mAP and training time of an arm."""
+def _others(result: ComparisonResult) -> list[int]:
+    """Positions of the arms that are compared with the reference."""
+    return [n for n, arm in enumerate(result.arms) if n and arm not in result.repeated]
+
+
+def _fewest_pairs(arms: Sequence[ArmResult]) -> int:
+    """Smallest number of pairs of finished runs of an arm on a data set; `ENOUGH` where there is none."""
+    return min(filter(None, (arm.difference.mean.count for arm in arms if arm.difference)), default=ENOUGH)
+
+
+def _overall(result: ComparisonResult, number: int) -> Verdict:
+    """What is concluded about an arm over all data sets."""
+    name = result.arms[number]
+    if not result.aggregates:
+        return Verdict(name, "no verdict", "open", ["Fewer than two data sets have full runs of every arm."])
+    found = result.aggregates[number]
+    badge, tone = {1: ("higher", "better"), 0: ("no difference shown", "open"), -1: ("lower", "worse")}[found.direction]
+    comparable = [data for data in result.data if data.name not in result.not_comparable]
+    outcomes = Counter(data.arms[number].difference.outcome for data in comparable)
+    return Verdict(name, badge, tone, [overall_sentence(found, result.plan.reference, outcomes)])
+
+
+def overall_sentence(found: Aggregate, reference: str, outcomes: Counter[str]) -> str:
+    """The scores of an arm over all data sets, and how it does on each."""
+    end = {1: "higher", 0: "no difference shown", -1: "lower"}[found.direction]
+    return (
+        f"Over {outcomes.total()} data sets, the final mAP50-95 of {found.arm} is {interval_text(found.iqm)} of "
+        f"{reference}'s median (interquartile mean), and a run ends above one of {reference} with probability "
+        f"{interval_text(found.improvement, 2)}: {end}; by data set {_tally(outcomes)}."
+    )
+
+
+def interval_text(found: Interval, digits: int = 3) -> str:
+    """A value with its interval."""
+    if found.low is None:
+        return f"{found.value:.{digits}f}"
+    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def _tally(outcomes: Counter[str]) -> str:
+    parts = [("win", "wins"), ("tie", "ties"), ("loss", "losses")]
+    words = [f"{outcomes[one]} {one if outcomes[one] == 1 else many}" for one, many in parts]
+    return ", ".join(words) + (f", {outcomes['open']} open" if outcomes["open"] else "")
+
+
+def _table(result: ComparisonResult) -> Table:
+    """Win, tie or loss of each arm on each data set."""
+    rows: list[list[Cell]] = [[data.name, *(_outcome(data.arms[n]) for n in _others(result))] for data in result.data]
+    if len(result.data) > 1:
+        totals: list[Cell] = []
+        for n in _others(result):
+            gaps = [data.arms[n].difference for data in result.data if data.arms[n].difference]
+            known = [gap.mean.value for gap in gaps if gap.mean.value is not None]
+            higher = f"mean at or above on {sum(value >= 0 for value in known)} of {len(known)}"
+            totals.append((_tally(Counter(gap.outcome for gap in gaps)), higher))
+        rows.append(["all", *totals])
+    caption = (
+        f"Final mAP50-95 minus {result.plan.reference}'s, paired by seed; a tie: the 95 % interval of the mean "
+        "(Student's t over seeds) contains 0; open: fewer than three seeds"
+    )
+    return Table(caption, ["data set", *(result.arms[n] for n in _others(result))], rows)
+
+
+def _outcome(arm: ArmResult) -> Cell:
+    gap = arm.difference
+    if gap is None or gap.mean.value is None:
+        return DASH
+    return gap.outcome, f"{_gap(gap.mean.value)} ({_spread(gap)}, {count(gap.mean.count, 'seed')})"
+
+
+def _spread(gap: Difference) -> str:
+    return "no interval" if gap.mean.low is None else f"{_gap(gap.mean.low)} to {_gap(gap.mean.high)}"
+
+
+def _verdict(result: ComparisonResult, arm: ArmResult) -> Verdict:
+    """Steps to the target, horizons, final mAP and training time of an arm on a data set."""
+    data = next(own for own in result.data if own.name == arm.data)
     reference = data.arms[0]
     name = arm.name if len(result.data) == 1 else f"{arm.name} on {data.name}"
     if not arm.ratios:
@@ -72,8 +163,8 @@ def _verdict(result: ComparisonResult, data: DataResult, arm: ArmResult) -> Verd
     if not ratio.informative:
         badge = "no verdict"
     elif ratio.informative < ENOUGH and ratio.direction:
-        badge, tone = f"{badge}, indicative only", f"{tone} hint"
-    sentences = [cost_sentence(ratio)]
+        tone = f"{tone} hint"
+    sentences = [cost_sentence(ratio), *([cost_sentence(arm.near)] if arm.near else [])]
     if len(result.plan.horizons) > 1:
         sentences.append(horizon_sentence(arm.horizons, reference.horizons))
     sentences += [difference_sentence(arm.difference), cost_sentence(arm.ratios["seconds"])]
@@ -89,7 +180,7 @@ def cost_sentence(ratio: Ratio) -> str:
     """Which arm reached the target at less cost, if the interval shows it."""
     arm, base, (noun, less, more) = ratio.arm, ratio.reference, WORDS[ratio.axis]
     paired, known = len(ratio.seeds), ratio.informative
-    aim = _target(ratio)
+    aim = _target(ratio, ratio.share)
     if not paired:
         return f"{arm} and {base} have no seed in common on {ratio.data}: no verdict."
     if ratio.target is None:
@@ -108,7 +199,7 @@ def cost_sentence(ratio: Ratio) -> str:
         text += f" Where both missed it ({count(paired - known, 'seed')}), nothing is said about the ratio."
     if any(ratio.failed):
         text += f" Crashed runs count as misses: {arm} {ratio.failed[0]}, {base} {ratio.failed[1]}."
-    return _qualified(known, text) + _left_out(ratio.unpaired, "run in one arm only")
+    return text + _left_out(ratio.unpaired, "run in one arm only")
 
 
 def horizon_sentence(score: HorizonScore, own: HorizonScore) -> str:
@@ -131,19 +222,18 @@ def horizon_sentence(score: HorizonScore, own: HorizonScore) -> str:
     text += f"; {base} has none" if own.shortest is None else f"; {base}'s own is {own.shortest:g} T"
     text += "" if planned == theirs else ", but the two ran different ones"
     fewest = min(seeds for one in (score, own) for *_, seeds in one.medians)
-    return _qualified(fewest, f"{text} (medians, {count(fewest, 'seed')} at least).")
+    return f"{text} (medians, {count(fewest, 'seed')} at least)."
 
 
 def difference_sentence(gap: Difference) -> str:
     """Which arm has the higher final mAP, if the interval shows it."""
-    value, low, high = gap.mean.value, gap.mean.low, gap.mean.high
+    value = gap.mean.value
     if value is None:
         return f"{gap.arm} and {gap.reference} have no finished seed in common on {gap.data}: no verdict."
-    spread = "no interval" if low is None else f"{_gap(low)} to {_gap(high)}"
     end = {-1: "lower", 0: "no difference shown", 1: "higher"}[gap.direction]
     paired = f"{gap.arm}'s final mAP50-95 minus {gap.reference}'s is {_gap(value)}"
-    text = f"{paired} ({spread}, {count(gap.mean.count, 'seed')}): {end}."
-    return _qualified(gap.mean.count, text) + _left_out(gap.left_out, "not finished in both arms")
+    text = f"{paired} ({_spread(gap)}, {count(gap.mean.count, 'seed')}): {end}."
+    return text + _left_out(gap.left_out, "not finished in both arms")
 
 
 def control_sentence(result: Control) -> str:
@@ -160,8 +250,9 @@ def control_sentence(result: Control) -> str:
     return text + (f" Left out, as in one arm only: {count(len(result.unpaired), 'run')}." if result.unpaired else "")
 
 
-def _target(score: Ratio | HorizonScore) -> str:
-    return f"{score.reference}'s final mAP50-95" if score.default else f"mAP50-95 {score.target:.3f}"
+def _target(score: Ratio | HorizonScore, share: float = 1.0) -> str:
+    part = "" if share == 1 else f"{100 * share:g} % of "
+    return f"{part}{score.reference}'s final mAP50-95" if score.default else f"mAP50-95 {score.target:.3f}"
 
 
 def _of(part: int, seeds: int) -> str:
@@ -170,10 +261,6 @@ def _of(part: int, seeds: int) -> str:
 
 def _gap(value: float) -> str:
     return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: no "-0.000"
-
-
-def _qualified(seeds: int, text: str) -> str:
-    return text if seeds >= ENOUGH else f"Indicative only: {text}"
 
 
 def _left_out(seeds: Sequence[int], why: str) -> str:
