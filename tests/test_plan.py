@@ -126,6 +126,22 @@ def test_ready_made_arms():
     assert arms(changed)["blog"] == {**blog, "lr0": 0.001}
 
 
+def test_an_arm_has_rates_by_part(tmp_path):
+    """With every optimizer; the written plan is read back to the same."""
+    text = "{data: d.yaml, model: m.pt, arms: {parts: {optimizer: AdamW, lr_factors: {new: 2e1, head: 2}}, AdamW: {}}}"
+    made = from_file(tmp_path, text)
+    assert arms(made) == {
+        "parts": {"optimizer": "AdamW", "lr_factors": {"new": 20.0, "head": 2}},
+        "AdamW": {"optimizer": "AdamW"},
+    }
+    again = tmp_path / "again.yaml"
+    again.write_text(plan_yaml(made))
+    assert arms(parse([f"plan={again}"])) == arms(made)
+    assert plan(lr_factors="{new: auto}").common["lr_factors"] == {"new": "auto"}
+    with pytest.raises(ValueError, match="arm parts: 'lr_factors': new: found 0, expected a finite number > 0"):
+        parse({"data": "d.yaml", "model": "m.pt", "arms": {"parts": {"optimizer": "SGD", "lr_factors": {"new": 0}}}})
+
+
 def test_the_cautious_control_names_its_package():
     try:
         import timm  # noqa: F401

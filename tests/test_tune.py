@@ -94,6 +94,25 @@ def test_the_start_leaves_out_what_lies_outside_the_space():
     assert dict(plan(optimizer="SGD", space="{'lr0': [0.02, 0.1]}").start) == {"momentum": 0.937}
 
 
+def test_entries_of_a_mapping_are_searched():
+    """The mapping that is fixed keeps its other entries."""
+    space = "{'lr_factors.new': [5, 50, log], 'lr_factors.model.22.cv3*': [2, 4]}"
+    made = plan(optimizer="AdamW", lr0=0.001, weight_decay=0.0, lr_factors="{'head': 2}", space=space)
+    assert set(made.space) == {"lr_factors.new", "lr_factors.model.22.cv3*"} and not made.start
+    (run,) = made.runs({"lr_factors.new": 20.0, "lr_factors.model.22.cv3*": 3.0})
+    assert run.arguments["lr_factors"] == {"head": 2, "new": 20.0, "model.22.cv3*": 3.0}
+    assert not [key for key in run.arguments if key.startswith("lr_factors.")]
+    assert plan(lr_factors="{'head': 2}", space="{'lr_factors.new': ['auto', '10']}").fixed["lr_factors"] == {"head": 2}
+
+
+def test_names_of_the_version_before_are_searched():
+    with pytest.warns(FutureWarning):
+        made = plan(space="{'head_lr_factor': [1, 10, log]}", lr0=0.001, rho=0.1)
+    assert (
+        set(made.space) == {"head_lr_factor"} and made.runs({"head_lr_factor": 3.0})[0].arguments["head_lr_factor"] == 3
+    )
+
+
 @pytest.mark.parametrize("name", ["torch.optim.Adagrad", "AdamW"])
 def test_other_optimizers(name):
     made = plan(optimizer=name)
@@ -158,6 +177,10 @@ def test_the_written_plan_is_read_back(changes, tmp_path):
         ({"space": "[1, 2]"}, "space: found [1, 2], expected a mapping"),
         ({"space": "{'roh': [0.1, 1.0]}"}, "space: 'roh' is not a known argument. Did you mean 'rho'?"),
         ({"space": "{'seed': [1, 2, 3]}"}, "space: seed is decided by the plan"),
+        ({"space": "{'lr_factors.new': [1, 2]}", "lr_factors": "{'new': 3}"}, "lr_factors.new=3 is fixed, and it is"),
+        ({"space": "{'lr_factors.head': [0, 2]}"}, "space: lr_factors.head: 'lr_factors': head: found 0.0"),
+        ({"space": "{'lr_factors': [1, 2]}"}, "space: lr_factors: 'lr_factors=1.0' is of invalid type float"),
+        ({"space": "{'rho.new': [1, 2]}"}, "space: 'rho.new' is not a known argument"),
         ({"space": "{'beta2': [0.9, 1.0]}"}, "space: beta2: 'beta2=1.0' is an invalid value"),
         ({"space": "{'hessian_interval': [2, 20]}"}, "Add 'int' for whole numbers."),
         ({"space": "{'hessian_estimator': ['gnb', 'gbn']}"}, "space: hessian_estimator: 'hessian_estimator=gbn'"),
@@ -526,6 +549,28 @@ def test_the_preset_is_what_was_found(tuned):
     assert f"sophia={path}" in view.best_settings.command and list(view.best_settings.files) == ["best.yaml"]
 
 
+def test_the_preset_has_the_factors_that_were_found(tuned):
+    view = tuned(space="{'lr_factors.new': [5, 50, log]}", lr_factors="{'head': 2}", trials=2)
+    path = view.plan.out / "best.yaml"
+    path.write_text(view.best_settings.files["best.yaml"])
+    preset = load_preset(str(path))
+    assert preset.settings["lr_factors"] == {"head": 2.0, "new": view.best.settings["lr_factors.new"]}
+    assert preset.origins["lr_factors"].startswith("study SophiaG-bccd: best of 2 trials")
+    assert f"sophia={path}" in view.best_settings.command and list(view.best_settings.files) == ["best.yaml"]
+    other = tuned(space="{'lr_factors.new': [5, 50, log]}", optimizer="AdamW", lr_factors="{'head': 2}", trials=2,
+                  out=view.plan.out.with_name("other"))  # fmt: skip
+    content = yaml.safe_load(other.best_settings.files["best.yaml"])
+    assert content["lr_factors"] == {"head": 2, "new": other.best.settings["lr_factors.new"]}
+    validate_arguments(content)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_preset_has_the_current_names(tuned):
+    view = tuned(space="{'head_lr_factor': [2, 10]}", trials=2)
+    content = yaml.safe_load(view.best_settings.files["best.yaml"])["settings"]
+    assert content["lr_factors"]["value"] == {"head": view.best.settings["head_lr_factor"]}
+
+
 def test_arguments_that_no_preset_has_come_beside_it(tuned):
     view = tuned(space="{'box': [5.0, 9.0]}", trials=2)
     beside = view.plan.out / "best-arguments.yaml"
@@ -618,6 +663,8 @@ def test_a_space_for_the_genetic_tuner_keeps_rho_above_zero(tiny_run):
     for _ in range(3):
         made = tuner._mutate()
         assert 1e-5 <= made["rho"] <= 1.0 and made["hessian_interval"] in range(2, 21)
+    old = Tuner({**tiny_run, "optimizer": "SophiaG", "space": {"head_lr_factor": (1.0, 10.0)}})
+    assert old.args.head_lr_factor == 1 and "head_lr_factor" in old.args.sophia_typed and old._mutate()
     if hasattr(tuner, "_constrain"):
         assert tuner._constrain({"lr0": 1e-9, "rho": 4e-6, "hessian_interval": 1})["rho"] == 1e-5
 
@@ -631,7 +678,11 @@ def test_no_bound_of_ours_is_lost_in_rounding(name):
 
 @pytest.mark.parametrize(
     ("space", "says"),
-    [({"rho": [1e-6, 1.0]}, "rounds to 5 decimals"), ({"hessian_estimator": ["gnb", "x"]}, "bounds only")],
+    [
+        ({"rho": [1e-6, 1.0]}, "rounds to 5 decimals"),
+        ({"hessian_estimator": ["gnb", "x"]}, "bounds only"),
+        ({"lr_factors.new": [5, 50]}, "lr_factors.new: Ultralytics' tuner knows whole arguments only"),
+    ],
 )
 def test_what_the_genetic_tuner_cannot_search_is_refused(space, says):
     with pytest.raises(ValueError, match=says):

@@ -18,6 +18,32 @@ FORMS = (
 )
 
 
+BY_PART = "lr_factors"
+"""The argument that is a mapping: its entries are searched as `lr_factors.new`, `lr_factors.head` and so on."""
+
+
+def argument_of(key: str) -> tuple[str, str]:
+    """The argument that a key of a space sets, and the entry of it; an empty entry where it sets the whole."""
+    argument, _, entry = key.partition(".")
+    return (argument, entry) if argument == BY_PART and entry else (key, "")
+
+
+def value_of(key: str, arguments: Mapping[str, Any]) -> Any:
+    """The value that arguments have for a key of a space, or None."""
+    argument, entry = argument_of(key)
+    held = arguments.get(argument)
+    return held if not entry else held.get(entry) if isinstance(held, Mapping) else None
+
+
+def with_settings(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with values for keys of a space on top; entries are added to those of the argument."""
+    made = dict(arguments)
+    for key, value in settings.items():
+        argument, entry = argument_of(key)
+        made[argument] = {**(made.get(argument) or {}), entry: value} if entry else value
+    return made
+
+
 @dataclass(frozen=True)
 class Range:
     """An interval to search, uniform in the value or in its logarithm; `is_int` allows integers only."""

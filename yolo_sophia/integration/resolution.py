@@ -33,7 +33,7 @@ from yolo_sophia.integration.explicit import MARKER, Record
 from yolo_sophia.integration.external_optimizer import is_path
 from yolo_sophia.integration.measure import read_data
 from yolo_sophia.integration.provenance import listed_names, lower_names, provenance_of, starts_from_weights
-from yolo_sophia.options import ALL, AUTO, HUTCHINSON, OPTIONS, ULTRALYTICS_ARGS, suggestion
+from yolo_sophia.options import ALL, AUTO, HUTCHINSON, OPTIONS, RENAMED, ULTRALYTICS_ARGS, suggestion
 from yolo_sophia.presets import Preset, load_preset
 
 
@@ -179,7 +179,10 @@ def start_search(args: dict[str, Any], space: Mapping[str, Any]) -> None:
         for key in searched:
             value = values.get(key, args[key])
             args[key] = ALL[key].default if value == AUTO else value  # a search starts from a number
-        args[MARKER] = str(Record(record.preset, record.keys | searched))
+        record = Record(record.preset, record.keys | searched)
+    for key in space.keys() & RENAMED.keys():  # numbers, under their names of 0.1.0
+        args[key], record = 1.0, Record(record.preset, record.keys | {key})
+    args[MARKER] = str(record)
 
 
 def facts_of(trainer: Any, call: Mapping[str, Any]) -> Facts:

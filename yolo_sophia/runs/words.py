@@ -18,7 +18,7 @@ PATHS = ("plan", "model", "out", "project", "name", "storage", "study")
 """Keys whose text is never interpreted."""
 NAME_LISTS = ("data", "optimizers")
 NUMBER_LISTS = ("seeds", "horizons", "devices")
-MAPPINGS = ("optimizer_args", "space", "arms")
+MAPPINGS = ("optimizer_args", "lr_factors", "space", "arms")
 """Keys whose value may be a mapping in YAML."""
 
 

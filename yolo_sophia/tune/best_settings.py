@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from yolo_sophia.options import OPTIONS, ULTRALYTICS_ARGS
+from yolo_sophia.options import OPTIONS, ULTRALYTICS_ARGS, renamed
 from yolo_sophia.runs.run import data_name
+from yolo_sophia.search_space import BY_PART, argument_of, with_settings
 from yolo_sophia.tune.plan import TunePlan, as_arguments
 
 BEST, ARGUMENTS = "best.yaml", "best-arguments.yaml"
@@ -38,13 +39,13 @@ def best_settings(plan: TunePlan, settings: Mapping[str, Any], value: float, tri
     """
     from yolo_sophia.integration.arguments import canonical_optimizer
 
-    settings = as_arguments(settings)
+    settings = current_names(with_settings(by_part(plan.fixed, settings), as_arguments(settings)))
     name = canonical_optimizer(plan.arm.arguments["optimizer"])
     where = f"model={plan.fixed['model']} data={plan.data[0]}"
     found = f"best of {trials} trials, mAP50-95 {value:.4f}: {_length(plan)}"
     best, others = plan.out / BEST, plan.out / ARGUMENTS
     if name is None:
-        given = {key: plan.fixed[key] for key in ULTRALYTICS_ARGS if key in plan.fixed}
+        given = {key: plan.fixed[key] for key in (*ULTRALYTICS_ARGS, BY_PART) if key in plan.fixed}
         text = _arguments(plan, {**given, **plan.arm.arguments, **settings}, found)
         return BestSettings({BEST: text}, f"yolo train cfg={best} {where}")
     files = {BEST: _preset(plan, name, settings, found)}
@@ -56,6 +57,17 @@ def best_settings(plan: TunePlan, settings: Mapping[str, Any], value: float, tri
     return BestSettings(files, command)
 
 
+def by_part(fixed: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fixed entries of a mapping whose other entries were searched."""
+    arguments = {argument for argument, entry in map(argument_of, settings) if entry}
+    return {key: fixed[key] for key in arguments if key in fixed}
+
+
+def current_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments without the names of 0.1.0."""
+    return dict(renamed(key, value) for key, value in arguments.items() if value is not None)
+
+
 def _length(plan: TunePlan) -> str:
     seeds, data = plan.seeds, ", ".join(map(data_name, plan.data))
     many = "seed" if len(seeds) == 1 else "mean over seeds"
@@ -65,7 +77,7 @@ def _length(plan: TunePlan) -> str:
 def _preset(plan: TunePlan, optimizer: str, settings: Mapping[str, Any], found: str) -> str:
     from yolo_sophia.integration.resolution import preview
 
-    given = {**plan.fixed, **settings}
+    given = {**current_names(plan.fixed), **settings}
     resolved = preview({**given, "optimizer": optimizer}, given)
     origins = {
         "preset": lambda key: f"preset {resolved.preset.name}: {resolved.preset.origins[key]}",

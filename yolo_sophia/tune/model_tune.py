@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from yolo_sophia.search_space import Choice, Dimension, merged, read_dimension
+from yolo_sophia.search_space import Choice, Dimension, argument_of, merged, read_dimension
 
 DECIMALS = 5
 """Ultralytics' engine.tuner.Tuner rounds to so many."""
@@ -36,6 +36,8 @@ def tune_space(
     from yolo_sophia.integration.resolution import validate_arguments
 
     given = {key: read_dimension(key, entry) for key, entry in (space or {}).items()}
+    if by_part := [key for key in given if argument_of(key)[1]]:
+        raise ValueError(f"space: {by_part[0]}: Ultralytics' tuner knows whole arguments only. Use yolo-sophia tune.")
     dimensions = merged(validate_arguments({"optimizer": optimizer}), given)
     return {key: _for_ray(own) if ray else _for_tuner(key, own) for key, own in dimensions.items()}
 

@@ -20,7 +20,18 @@ from yolo_sophia.runs.checks import DECIDED, check_values
 from yolo_sophia.runs.plan import Arm, BasePlan, Key
 from yolo_sophia.runs.run import Run, as_name, check_name, data_name
 from yolo_sophia.runs.words import plain_numbers, read, read_mapping
-from yolo_sophia.search_space import FORMS, Choice, Dimension, Range, merged, read_dimension, written
+from yolo_sophia.search_space import (
+    FORMS,
+    Choice,
+    Dimension,
+    Range,
+    argument_of,
+    merged,
+    read_dimension,
+    value_of,
+    with_settings,
+    written,
+)
 
 SAMPLERS, PRUNERS = ("tpe", "random", "cmaes", "grid"), ("median", "hyperband", "none")
 MAX_GRID = 1000
@@ -104,7 +115,7 @@ class TunePlan(BasePlan):
 
     def runs(self, settings: Mapping[str, Any]) -> list[Run]:
         """The trainings of a trial: every seed on every data set. The same settings give the same runs."""
-        arguments = {**self.fixed, **as_arguments(settings)}
+        arguments = with_settings(self.fixed, as_arguments(settings))
         return [
             self.run(f"tune-{self.arm.name}", data, seed, 1.0, arguments)
             for seed, data in product(self.seeds, self.data)
@@ -186,7 +197,8 @@ def parse(given: Sequence[str] | Mapping[str, Any]) -> TunePlan:
 
 def start_of(space: Mapping[str, Dimension], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The values of these arguments that lie in the space."""
-    return {key: own.rounded(arguments[key]) for key, own in space.items() if own.contains(arguments.get(key))}
+    values = {key: value_of(key, arguments) for key in space}
+    return {key: own.rounded(values[key]) for key, own in space.items() if own.contains(values[key])}
 
 
 def _consistent(plan: TunePlan, explicit: set[str]) -> TunePlan:
@@ -218,14 +230,14 @@ def _space(given: Any, fixed: Mapping[str, Any]) -> dict[str, Dimension]:
         raise ValueError(f"space: found {given!r}, expected a mapping of arguments to {FORMS}.")
     read: dict[str, Dimension | None] = {}
     for key, entry in (given or {}).items():
-        if key not in (known := known_arguments()):
+        if argument_of(key)[0] not in (known := known_arguments()):
             raise ValueError(f"space: {key!r} is not a known argument.{suggestion(key, known)}")
         if key in DECIDED:
             raise ValueError(f"space: {key} is decided by the plan and cannot be searched.")
         read[key] = read_dimension(key, entry)
-        if read[key] is not None and key in fixed:
-            raise ValueError(f"{key}={fixed[key]} is fixed, and it is in the space: leave one of them out.")
-    space = {key: own for key, own in merged(validate_arguments(fixed), read).items() if key not in fixed}
+        if read[key] is not None and (held := value_of(key, fixed)) is not None:
+            raise ValueError(f"{key}={held} is fixed, and it is in the space: leave one of them out.")
+    space = {key: own for key, own in merged(validate_arguments(fixed), read).items() if value_of(key, fixed) is None}
     if not space:
         example = "space=\"{'lr0': [1e-4, 1e-2, 'log']}\""
         raise ValueError(f"optimizer={fixed['optimizer']}: there is nothing to search; add {example}.")
@@ -237,7 +249,7 @@ def _check_samples(space: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> 
     for key, dimension in space.items():
         for value in dimension.samples:
             try:
-                check_values({**fixed, **as_arguments({key: value})}, f"space: {key}")
+                check_values(with_settings(fixed, as_arguments({key: value})), f"space: {key}")
             except ValueError as error:
                 hint = " Add 'int' for whole numbers." if "invalid type float" in str(error) else ""
                 raise ValueError(f"{error}{hint}") from None

@@ -11,7 +11,7 @@ from yolo_sophia.report.document import Block, Cell, Fold, Section, Table, Text
 from yolo_sophia.report.formatting import DASH, scalar
 from yolo_sophia.runs.run import data_name
 
-OF_A_RUN = {"seed", "data", "epochs", "name", "project", "save_dir", "resume"}
+OF_A_RUN = {"seed", "data", "epochs", "name", "project", "save_dir", "resume", "sophia_new_rows"}
 """Arguments that do not characterize an arm."""
 
 
