@@ -243,6 +243,7 @@ def train(run: dict, weights: Path | None, **arguments) -> SimpleNamespace:
 OPTIMIZERS = {
     "SophiaG": {"optimizer": "SophiaG"},
     "dotted": {"optimizer": "torch.optim.AdamW", "lr0": 0.001},
+    "SGD": {"optimizer": "SGD"},
 }
 
 
@@ -270,7 +271,7 @@ def empty(seen) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "workers"), [("SophiaG", 0), ("dotted", 1)])
+@pytest.mark.parametrize(("name", "workers"), [("SophiaG", 0), ("dotted", 1), ("SGD", 0)])
 def test_the_training_is_untouched_but_for_the_rows(tiny_run, four_classes, name, workers, monkeypatch):
     """With the write suppressed, it is bit for bit that without fit_head."""
     run = (

@@ -194,7 +194,7 @@ OPTIONS: Mapping[str, Option] = _by_name(
     Option(
         "fit_head",
         bool,
-        "Fit the new class rows by logistic regression before the first step. External optimizers take it too.",
+        "Fit the new class rows by logistic regression before the first step. Every optimizer takes it.",
         False,
     ),
     Option("beta2", float, "Decay of h per Hessian update.", 0.99, low=0, high=1, ends="[)"),

@@ -28,9 +28,9 @@ NEW_ROWS = "sophia_new_rows"
 
 SOPHIA_KEYS = (*OPTIONS, "sophia", MARKER, NEW_ROWS)
 OUR_KEYS = (*SOPHIA_KEYS, *RENAMED, external_optimizer.ARGUMENTS)
-BY_PART = ("lr_factors", NEW_ROWS)
+FOR_ALL = ("lr_factors", "fit_head", NEW_ROWS)
 """Our arguments that a run with any optimizer takes."""
-SHARED = ("bn_momentum", "fit_head", *BY_PART, external_optimizer.ARGUMENTS)
+SHARED = ("bn_momentum", *FOR_ALL, external_optimizer.ARGUMENTS)
 """Our arguments that a run with an external optimizer takes."""
 KNOWN_KEYS = frozenset((*ALL, *RENAMED, "sophia"))
 """What a record of explicit arguments can hold."""
@@ -209,8 +209,7 @@ def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> 
     explicit = explicit_keys(vars(args), overrides, record)
     if args.resume:  # the final arguments of the run that wrote the checkpoint
         _rename(vars(args), set())
-        is_by_part = external_optimizer.is_path(args.optimizer) or getattr(args, "lr_factors", None)
-        for key in ours - set(own_of(args.optimizer) if is_by_part else ()):
+        for key in ours - set(keys_of(args.optimizer, vars(args))):
             vars(args).pop(key, None)
         return
     vars(args).pop(NEW_ROWS, None)  # read from the model again
@@ -223,11 +222,11 @@ def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> 
 
 def own_of(optimizer: object) -> tuple[str, ...]:
     """Our arguments that a run with another optimizer takes."""
-    return SHARED if external_optimizer.is_path(optimizer) else BY_PART
+    return SHARED if external_optimizer.is_path(optimizer) else FOR_ALL
 
 
 def keys_of(optimizer: object, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Our arguments that a run may use; none if its optimizer is Ultralytics' own, without learning rates by part.
+    """Our arguments that a run may use; none if its optimizer is Ultralytics' own and it has none of them.
 
     Args:
         optimizer: The run's optimizer, or None.
@@ -238,8 +237,8 @@ def keys_of(optimizer: object, given: Mapping[str, Any]) -> tuple[str, ...]:
     """
     if optimizer is not None and canonical_optimizer(optimizer):
         return OUR_KEYS
-    by_part = given.get("lr_factors") or given.get("head_lr_factor") is not None
-    return own_of(optimizer) if external_optimizer.is_path(optimizer) or by_part else ()
+    has_ours = given.get("lr_factors") or given.get("head_lr_factor") is not None or given.get("fit_head")
+    return own_of(optimizer) if external_optimizer.is_path(optimizer) or has_ours else ()
 
 
 def remove_for_other(arguments: dict[str, Any], record: Record | None, explicit: set[str], ours: set[str]) -> None:
