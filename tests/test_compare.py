@@ -483,6 +483,7 @@ def test_dry_run_writes_nothing(tiny_data, tiny_model, tmp_path, monkeypatch, ca
     assert "tuning: 4 trials" in out
     # 6 runs of 7 epochs and 4 trials of 2
     assert "tiny: 16 images, 3 batches and about 1 optimizer steps an epoch, 10 trainings of 50 epochs" in out
+    assert "seeds: no two seeds of an arm and of the reference have finished here" in out
 
 
 # Counting -------------------------------------------------------------------------------------------------------------

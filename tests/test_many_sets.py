@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from itertools import product
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from yolo_sophia.compare.aggregate import RESAMPLES, aggregate, iqm, seeds_needed
+from yolo_sophia.compare.estimate import seeds
 from yolo_sophia.compare.pairwise import cost_ratio, final_difference
 from yolo_sophia.compare.plan import parse, plan_yaml, runs
 from yolo_sophia.compare.score import Curve
@@ -21,6 +23,8 @@ from yolo_sophia.compare.tuning import tune_plans
 from yolo_sophia.report.document import Fold, Gallery, Table, Text, Verdict
 from yolo_sophia.runs import estimate
 from yolo_sophia.runs.results import MAP50, MAP50_95, RunResult
+from yolo_sophia.runs.scheduler import folder_of
+from yolo_sophia.runs.worker import CURVE, FAILURE, RECEIPT, write_order
 
 OWN = "data:\n  a.yaml: {epochs: 20, imgsz: 96}\n  b.yaml:\n"
 REST = "model: m.pt\noptimizers: [SophiaG, AdamW]\nepochs: 10\nimgsz: 64\nseeds: 1\n"
@@ -354,3 +358,50 @@ def test_section_over_all_data_sets(tmp_path):
     assert table.rows[1][1] == verdict.interval_text(result.aggregates[1].iqm)
     score = parts(section, Gallery)[0].pictures[0]
     assert score.name == "score-profile" and f"S {result.aggregates[1].iqm.value:.3f}" in score.alt
+
+
+# Dry run --------------------------------------------------------------------------------------------------------------
+
+
+def on_disk(plan, results) -> None:
+    for result in results:
+        folder = folder_of(plan.out, result.run)
+        folder.mkdir(parents=True)
+        write_order(folder, result.run, 1)
+        (folder / CURVE).write_text("".join(json.dumps(row) + "\n" for row in result.rows))
+        if result.receipt:
+            (folder / RECEIPT).write_text(json.dumps(result.receipt))
+        else:
+            (folder / FAILURE).write_text("no")
+
+
+def test_dry_run_names_the_number_of_seeds(tmp_path):
+    plan = make_plan(tmp_path, tune_trials=0)
+    assert seeds(plan) == [
+        "seeds: no two seeds of an arm and of the reference have finished here, so their scatter is not known"
+    ]
+    on_disk(plan, results_of(plan, FINALS))
+    scatter = {"x": stdev([0.05, 0.051, 0.051]), "y": stdev([0.01, 0.0, -0.01]), "z": stdev([-0.1, -0.1])}
+    mean = math.sqrt(sum(s**2 for s in scatter.values())) / 3
+    assert seeds(plan) == [
+        *(
+            f"seeds: {seeds_needed(scatter[d], 0.01)} would show a difference of 0.01 mAP50-95 with 80 % power on {d} "
+            f"(scatter {scatter[d]:.4f} of {pairs} pairs)"
+            for d, pairs in (("x", 3), ("y", 3), ("z", 2))
+        ),
+        f"seeds: {seeds_needed(mean, 0.01)} would show a difference of 0.01 mAP50-95 with 80 % power in the mean over "
+        "these 3 data sets",
+    ]
+    assert seeds_needed(scatter["y"], 0.01) == 10
+    # Runs of other settings in the folder are not the plan's, unless tuning found them.
+    assert "not known" in seeds(make_plan(tmp_path, lr0=0.5))[0]
+    assert "on y (scatter 0.0100 of 3 pairs)" in seeds(make_plan(tmp_path, lr0=0.5, tune_trials=2))[1]
+
+
+def test_scatter_is_pooled_over_the_arms(tmp_path):
+    arms = {"S": {"optimizer": "SophiaG"}, "A": {"optimizer": "AdamW"}, "B": {"optimizer": "SGD"}}
+    plan = make_plan(tmp_path, "y.yaml", arms=arms)
+    on_disk(plan, results_of(plan, {**FINALS, ("B", "y.yaml"): [0.10, 0.15, None]}))
+    one, two = stdev([0.01, 0.0, -0.01]), stdev([0.0, 0.04])
+    pooled = math.sqrt((2 * one**2 + two**2) / 3)
+    assert seeds(plan)[0].endswith(f"on y (scatter {pooled:.4f} of 5 pairs)") and len(seeds(plan)) == 1
