@@ -28,11 +28,13 @@ from yolo_sophia.compare import pairwise as pairwise_statistics
 from yolo_sophia.compare import plan as planning
 from yolo_sophia.compare.pairwise import cost_ratio, final_difference, horizon_score
 from yolo_sophia.compare.plan import Arm, Plan, plan_yaml, runs
+from yolo_sophia.compare.preflight import FILE, examine_plan, load_preflight
 from yolo_sophia.compare.report import compose, write_report
 from yolo_sophia.compare.score import Curve
 from yolo_sophia.compare.sections.verdict import cost_sentence, difference_sentence, horizon_sentence
 from yolo_sophia.compare.statistics import compute
 from yolo_sophia.compare.tuning import Search
+from yolo_sophia.integration.doctor import Fact
 from yolo_sophia.report import figure_style, render
 from yolo_sophia.report.formatting import DASH, INFINITY, TIMES
 from yolo_sophia.runs import environment as machine
@@ -840,3 +842,31 @@ def test_browser_hears_of_errors(tmp_path, browser):
     tab = browser.open(path, 1280, "light")
     complaints = json.dumps(tab.complaints())
     assert "Content Security Policy" in complaints and "img-src" in complaints
+
+
+def test_facts_before_the_training(tmp_path, monkeypatch):
+    """Each arm is examined once; a fact that all arms share is one row; a failed examination is named."""
+    plan, examined = make_plan(tmp_path, data=("bccd.yaml", "elsewhere.yaml")), []
+
+    def examine(arguments):
+        examined.append((arguments["data"], arguments["optimizer"]))
+        if arguments["data"] == "elsewhere.yaml":
+            raise ValueError("no such file")
+        return [Fact("images", "7 training"), Fact("rate", arguments["optimizer"], True, "lr0=0.001")]
+
+    monkeypatch.setattr("yolo_sophia.integration.doctor.examine", examine)
+    for _ in range(2):
+        examine_plan(plan)
+    assert examined == [(data, arm.name) for data in plan.data for arm in plan.arms]
+    write_report(plan, make_results(plan), tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.table("bccd: the full trainings")[1:] == [
+        ["images", "all", "ok", "7 training", ""],
+        *(["rate", arm.name, "look", arm.name, "lr0=0.001"] for arm in plan.arms),
+    ]
+    assert "SGD on elsewhere was not examined: ValueError: no such file" in (tmp_path / "report.md").read_text()
+    changed = replace(plan, common={**plan.common, "epochs": 11})
+    examine_plan(changed)
+    assert len(examined) == 12
+    (tmp_path / FILE).write_text("{")
+    assert load_preflight(tmp_path) == ()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.plan import KEYS, Plan, parse, plan_yaml, runs
+from yolo_sophia.compare.preflight import examine_plan
 from yolo_sophia.compare.tuning import Search, check_tuning, tune
 from yolo_sophia.runs.executors import make_executor
 from yolo_sophia.runs.plan import check_data, describe_keys
@@ -54,6 +55,7 @@ def train(plan: Plan) -> tuple[list[Run], list[Progress], list[Search]]:
     check_tuning(plan)
     plan.out.mkdir(parents=True, exist_ok=True)
     atomic_write(plan.out / "plan.yaml", plan_yaml(plan))
+    examine_plan(plan)
     searches, tuned = tune(plan)
     ordered = runs(plan, tuned)
     queue = RunQueue(ordered)

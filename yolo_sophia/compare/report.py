@@ -7,6 +7,7 @@ from pathlib import Path
 
 from yolo_sophia.atomic import atomic_write
 from yolo_sophia.compare.plan import Plan
+from yolo_sophia.compare.preflight import load_preflight
 from yolo_sophia.compare.sections import SECTIONS
 from yolo_sophia.compare.statistics import ComparisonResult, compute
 from yolo_sophia.compare.tuning import Search
@@ -42,7 +43,7 @@ def write_report(
         ValueError: A result belongs to an arm or a data set that the plan lacks.
     """
     out = Path(out)
-    result = compute(plan, results, searches, coco)
+    result = compute(plan, results, searches, coco, load_preflight(out))
     document = compose(result)
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / CSV, rows_csv(result))

@@ -25,6 +25,7 @@ from yolo_sophia.compare.pairwise import (
     profiles,
 )
 from yolo_sophia.compare.plan import Plan
+from yolo_sophia.compare.preflight import Preflight
 from yolo_sophia.compare.score import AXES, FULL, Curve, Summary, cost_to_target, default_target, summarize
 from yolo_sophia.compare.tuning import Search
 from yolo_sophia.runs.results import RunResult
@@ -140,6 +141,7 @@ class ComparisonResult:
         columns: Names of all values that any epoch recorded, in order of appearance.
         searches: What tuning tried.
         coco: COCO metrics (fractions) by the key of their run.
+        preflight: What was known of each arm and data set before its trainings.
     """
 
     plan: Plan
@@ -155,6 +157,7 @@ class ComparisonResult:
     columns: tuple[str, ...]
     searches: tuple[Search, ...]
     coco: Mapping[str, Mapping[str, float]]
+    preflight: tuple[Preflight, ...] = ()
 
     @property
     def repeated(self) -> set[str]:
@@ -172,6 +175,7 @@ def compute(
     results: Iterable[RunResult],
     searches: Sequence[Search] = (),
     coco: Mapping[str, Mapping[str, float]] | None = None,
+    preflight: Sequence[Preflight] = (),
 ) -> ComparisonResult:
     """Compute all statistics of a comparison, whatever the state of its runs.
 
@@ -180,6 +184,7 @@ def compute(
         results: The runs that have a record.
         searches: What tuning tried.
         coco: COCO metrics by the key of their run.
+        preflight: What was known before the trainings.
 
     Raises:
         ValueError: A result belongs to an arm or a data set that the plan lacks.
@@ -217,6 +222,7 @@ def compute(
         columns=tuple(dict.fromkeys(key for record in records for row in record.result.rows for key in row)),
         searches=tuple(searches),
         coco=coco or {},
+        preflight=tuple(preflight),
     )
 
 

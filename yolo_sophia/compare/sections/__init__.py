@@ -5,6 +5,7 @@ A module's `sections` renders a `ComparisonResult` as one section, or one per da
 
 from yolo_sophia.compare.sections import (
     coco,
+    doctor,
     guide,
     horizons,
     plan,
@@ -18,4 +19,4 @@ from yolo_sophia.compare.sections import (
     verdict,
 )
 
-SECTIONS = (verdict, profiles, results, horizons, coco, sophia, runs, settings, tuning, setup, plan, guide)
+SECTIONS = (verdict, profiles, results, horizons, coco, sophia, runs, settings, doctor, tuning, setup, plan, guide)
