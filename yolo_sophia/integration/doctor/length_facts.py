@@ -104,7 +104,8 @@ def _ema(length: RunLength) -> Fact:
 
     memory = 1 / (1 - ModelEMA(nn.Identity()).decay(length.steps))
     hardly = ": hardly an average" if memory < 2 else ""
-    figure = f"the last {memory:.3g} of {length.steps:,} steps at the end{hardly}"
+    shown = f"{memory:.3g}" if memory < 100 else f"{memory:,.0f}"
+    figure = f"the last {shown} of {length.steps:,} steps at the end{hardly}"
     return Fact("memory of the EMA", figure, values={"steps": memory})
 
 
