@@ -332,6 +332,11 @@ def test_memory(make, tiny_model):
         ({"optimizer": "AdamW", "lr0": 0.001}, 25, ""),
         ({"optimizer": "auto", "single_cls": True}, 25, "optimizer=AdamW lr0=0.00045 warmup_bias_lr=0"),
         ({"optimizer": "auto", "single_cls": True}, 150, ""),
+        (
+            {"optimizer": "auto", "single_cls": True, "lr_factors": {"backbone": 0.1}},
+            25,
+            "optimizer=AdamW lr0=0.00045 warmup_bias_lr=0",
+        ),
         ({"optimizer": "SophiaG", "lr0": 0.02}, 200, "no lr0, the preset has one"),
         ({"optimizer": "SophiaG"}, 200, ""),
     ],

@@ -96,6 +96,7 @@ def _by_ultralytics(case: Case) -> Chosen:
         return Chosen("auto", None, 0.0)
     trainer = copy(case.start.trainer)
     trainer.args = copy(trainer.args)
+    trainer.args.lr_factors = None  # the rate that they multiply is asked for
     optimizer = trainer.build_optimizer(case.start.model, name="auto", iterations=case.iterations)
     rate = min(group["lr"] for group in optimizer.param_groups)  # MuSGD has three times the rate for class branches
     return Chosen(type(optimizer).__name__, rate, trainer.args.warmup_bias_lr, "by optimizer=auto")
