@@ -400,8 +400,10 @@ def test_dry_run_names_the_number_of_seeds(tmp_path):
 
 def test_scatter_is_pooled_over_the_arms(tmp_path):
     arms = {"S": {"optimizer": "SophiaG"}, "A": {"optimizer": "AdamW"}, "B": {"optimizer": "SGD"}}
+    arms["A2"] = arms["A"]  # an A/A control has no scatter
     plan = make_plan(tmp_path, "y.yaml", arms=arms)
-    on_disk(plan, results_of(plan, {**FINALS, ("B", "y.yaml"): [0.10, 0.15, None]}))
+    finals = {**FINALS, ("B", "y.yaml"): [0.10, 0.15, None], ("A2", "y.yaml"): FINALS["A", "y.yaml"]}
+    on_disk(plan, results_of(plan, finals))
     one, two = stdev([0.01, 0.0, -0.01]), stdev([0.0, 0.04])
     pooled = math.sqrt((2 * one**2 + two**2) / 3)
     assert seeds(plan)[0].endswith(f"on y (scatter {pooled:.4f} of 5 pairs)") and len(seeds(plan)) == 1

@@ -56,12 +56,14 @@ def seeds(plan: Plan) -> list[str]:
     """The number of seeds that would show a difference of .01 mAP50-95, from the scatter of the runs finished so far.
 
     The scatter of a data set is the standard deviation of the final mAP50-95 of an arm minus the reference's with the
-    same seed, pooled over the arms: the root of sum (n - 1) s^2 / sum (n - 1). `seeds_needed` has the formula. For the
-    mean over k data sets, the scatter is the root of the sum of their squares over k.
+    same seed, pooled over the arms but A/A controls: the root of sum (n - 1) s^2 / sum (n - 1). `seeds_needed` has the
+    formula. For the mean over k data sets, the scatter is the root of the sum of their squares over k.
     """
     found = {}
-    for data in compute(plan, _finished(plan)).data:
-        gaps = [arm.difference for arm in data.arms if arm.difference and arm.difference.scatter is not None]
+    result = compute(plan, _finished(plan))
+    for data in result.data:
+        gaps = [arm.difference for arm in data.arms if arm.difference and arm.name not in result.repeated]
+        gaps = [gap for gap in gaps if gap.scatter is not None]
         if freedom := sum(gap.mean.count - 1 for gap in gaps):
             pooled = math.sqrt(sum((gap.mean.count - 1) * gap.scatter**2 for gap in gaps) / freedom)
             found[data.name] = pooled, freedom + len(gaps)
