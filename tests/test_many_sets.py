@@ -343,7 +343,7 @@ def test_no_verdict_over_data_sets_that_are_not_comparable(tmp_path):
     result = compute(plan, [r for r in results_of(plan, FINALS) if r.run.arm == "A" or r.run.data == "x.yaml"])
     (section,) = verdict.sections(result)
     (arm,) = parts(section, Verdict)
-    assert arm.sentences == ["Fewer than two data sets have full runs of every arm."] and arm.badge == "no verdict"
+    assert arm.sentences == [verdict.TOO_FEW] and arm.badge == "no verdict"
     (table,) = parts(section, Table)
     assert [row[1] for row in table.rows[1:3]] == ["\N{EN DASH}"] * 2 and table.rows[0][1][0] == "win"
 

@@ -9,7 +9,7 @@ from yolo_sophia.compare.aggregate import Aggregate
 from yolo_sophia.compare.figures import AXIS_NOUNS, mark_positions
 from yolo_sophia.compare.pairwise import Profile
 from yolo_sophia.compare.score import AXES
-from yolo_sophia.compare.sections.verdict import interval_text
+from yolo_sophia.compare.sections.verdict import TOO_FEW, interval_text
 from yolo_sophia.compare.statistics import ComparisonResult
 from yolo_sophia.report.document import Block, Cell, Gallery, Picture, Section, Table, Text
 from yolo_sophia.report.figure_style import MUTED, Style, panel, picture
@@ -44,7 +44,7 @@ def sections(result: ComparisonResult) -> list[Section]:
             Table("Area under the profile; 1 is the best on every data set", head, rows),
         ]
     else:
-        blocks.append(Text("Fewer than two data sets have full runs of every arm."))
+        blocks.append(Text(TOO_FEW))
     if names := ", ".join(result.not_comparable):
         why = "an arm has no ended runs or the reference detects nothing"
         blocks.append(Text(f"Left out, because {why}: {names}.", "note"))

@@ -33,6 +33,7 @@ BATCH_NORM = {
     False: "BatchNorm: running statistics as Ultralytics keeps them, in every arm (bn_recalibrate=False). Validation "
     "early in a run measures how far they lag behind as much as the optimizer.",
 }
+TOO_FEW = "Fewer than two data sets have full runs of every arm and a reference that detects something."
 NO_RUN = "No run has finished yet: there is nothing to compare."
 UNTUNED = "Untuned: every arm ran with its preset or defaults, so this compares settings as much as optimizers."
 
@@ -89,7 +90,7 @@ def _overall(result: ComparisonResult, number: int) -> Verdict:
     """What is concluded about an arm over all data sets."""
     name = result.arms[number]
     if not result.aggregates:
-        return Verdict(name, "no verdict", "open", ["Fewer than two data sets have full runs of every arm."])
+        return Verdict(name, "no verdict", "open", [TOO_FEW])
     found = result.aggregates[number]
     badge, tone = {1: ("higher", "better"), 0: ("no difference shown", "open"), -1: ("lower", "worse")}[found.direction]
     comparable = [data for data in result.data if data.name not in result.not_comparable]
