@@ -391,6 +391,7 @@ def test_other_tasks(make, tmp_path, task):
         found = facts(data=str(tmp_path / "images"), model=model)
         assert found["images"].figure == "15 training, 2 validation"
         assert found["classes with few labels"].values["few"] == {"b": 3}
+        assert found["classes with few labels"].figure == "1 with fewer than 10 images: b 3"
         assert found["classes not validated"].values["missing"] == ["b"]
         return
     label = {"pose": "0 0.5 0.5 0.2 0.2 0.5 0.5 2 0.4 0.4 1\n"}.get(task, "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2\n")
