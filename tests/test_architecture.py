@@ -51,7 +51,7 @@ EXTRAS = {  # room -> extras of pyproject.toml whose packages it may import; any
     "compare": {"compare"},
     "tune": {"tune", "ray"},
 }
-DISTRIBUTIONS = {"cv2": "opencv-python", "yaml": "pyyaml", "faster_coco_eval": "faster-coco-eval"}
+DISTRIBUTIONS = {"triton": "torch", "cv2": "opencv-python", "yaml": "pyyaml", "faster_coco_eval": "faster-coco-eval"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -42,6 +42,7 @@ class Monitor:
 
     def before_step(self) -> None:
         """Decide whether this step is sampled, and take the gradient's norm while it is there."""
+        self._grad_norm = None
         if self._steps % SAMPLE_EVERY == 0:
             grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._grad_norm = torch.stack(torch._foreach_norm(grads)).norm() if grads else None
@@ -50,7 +51,9 @@ class Monitor:
     def after_step(self) -> None:
         """Sample, if `before_step` decided so."""
         if self._grad_norm is not None:
-            self._samples.append(torch.cat([self._state_figures(), self._grad_norm.reshape(1).float()]))
+            grad_norm, found_inf = self._grad_norm.reshape(1).float(), self.optimizer.found_inf
+            is_taken = torch.ones_like(grad_norm) if found_inf is None else (found_inf == 0).reshape(1).float()
+            self._samples.append(torch.cat([self._state_figures(), grad_norm, is_taken]))
             self._grad_norm = None
 
     @torch.no_grad()
@@ -98,10 +101,11 @@ class Monitor:
 
     def epoch(self) -> dict[str, float]:
         """Means of this epoch's samples and the counters, by their name in results.csv; starts the next epoch."""
-        if not self._samples:  # an epoch without a step: the state speaks for it
+        samples = torch.stack(self._samples) if self._samples else torch.empty(0, 6)
+        if not len(taken := samples[samples[:, -1] > 0, :-1]):  # no step was taken: the state speaks for the epoch
             figures = self._state_figures()
-            self._samples.append(torch.cat([figures, figures.new_full((1,), math.nan)]))
-        clip, momentum, hessian, update, grad = torch.stack(self._samples).mean(0).tolist()
+            taken = torch.cat([figures, figures.new_full((1,), math.nan)]).unsqueeze(0)
+        clip, momentum, hessian, update, grad = taken.mean(0).tolist()
         counters = self.optimizer.param_groups[0]
         row = dict(zip(SAMPLED, (clip, grad, momentum, hessian, update)))
         row |= {

@@ -25,10 +25,11 @@ from yolo_sophia.integration.checkpoints import final_eval_atomically, save_atom
 from yolo_sophia.integration.estimate import EstimatePass, LossProbe, not_finite
 from yolo_sophia.integration.modules import is_compiled, unwrap
 from yolo_sophia.integration.monitor import Monitor
+from yolo_sophia.integration.skipping import Skipping, warn_of
 from yolo_sophia.integration.subsample import MIN_IMAGES, images_in_part
 from yolo_sophia.integration.window import Window
 from yolo_sophia.optim._base import SophiaBase
-from yolo_sophia.optim._schedule import HessianSchedule, is_report_due
+from yolo_sophia.optim._schedule import HessianSchedule
 
 STEPS_WITHOUT_BATCH = 3
 """Steps without a batch in `preprocess_batch` before it is an error."""
@@ -45,6 +46,7 @@ class Session:
     Attributes:
         schedule: When a Hessian update is due.
         window: The micro-batches of the next step.
+        skipping: Takes the steps whose gradient is finite.
         passes: Makes the estimates.
     """
 
@@ -53,13 +55,14 @@ class Session:
         self.monitor = Monitor(optimizer)
         self.schedule = HessianSchedule(optimizer)
         self.window = Window()
+        self.skipping = Skipping(optimizer)
         self.passes = EstimatePass(unwrap(trainer.model))
         self._built = [{key: own for key, own in g.items() if key != "params"} for g in optimizer.param_groups]
         self._never_updated: list[tuple[int, Tensor]] | None = None  # None: look them up
         self._parameter_count = 0
         self._probe: LossProbe | None = None
         self._probed = self._searched_unreached = self._out_of_memory = False
-        self._skipped_steps = self._steps_without_batch = 0
+        self._steps_without_batch = 0
         self._preprocess = Binding(trainer, "preprocess_batch", self._preprocess_batch)
         self._bindings = [
             self._preprocess,
@@ -198,11 +201,7 @@ class Session:
         trainer = self.trainer
         if is_ultralytics_own(type(trainer).optimizer_step):
             trainer.scaler.unscale_(trainer.optimizer)
-            if trainer.scaler.is_enabled() or self._gradient_is_finite():
-                trainer.scaler.step(trainer.optimizer)
-            else:
-                self._skipped_steps += 1
-                self._warn_of(self._skipped_steps, "skipped a step, for the gradient is not finite")
+            self.skipping.step(trainer.scaler)
             trainer.scaler.update()
             trainer.optimizer.zero_grad()
             if trainer.ema:
@@ -213,17 +212,6 @@ class Session:
             self._drop("with a step that was skipped")
         self.window.restart()
 
-    def _gradient_is_finite(self) -> bool:
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        # The sum of squares is ten times as fast as the largest entry, but overflows from 2e19 on.
-        orders = (2, torch.inf)
-        return not grads or any(torch.stack(torch._foreach_norm(grads, ord=n)).sum().isfinite() for n in orders)
-
-    def _warn_of(self, count: int, event: str) -> None:
-        """Log an event that may come at every step."""
-        if is_report_due(count):
-            LOGGER.warning(f"{self.name}: {event} ({count} so far)")
-
     def _before_step(self) -> None:
         """Update h with the staged estimate, before the parameters move."""
         if not self.window.batches:
@@ -232,7 +220,11 @@ class Session:
             self._check_loss()
         if self.window.staged is not None:
             start = time.perf_counter()
-            self._update_hessian()
+            found_inf = self.optimizer.found_inf
+            if found_inf is not None and bool(found_inf):
+                self._drop("with a step that was skipped")
+            else:
+                self._update_hessian()
             self.monitor.hessian_seconds += time.perf_counter() - start
         if RANK in {-1, 0}:  # the others write no row
             self.monitor.before_step()
@@ -259,7 +251,7 @@ class Session:
         self.window.discard()
         count = self.schedule.dropped()
         if not self._out_of_memory:
-            self._warn_of(count, f"dropped a Hessian estimate {why}")
+            warn_of(count, f"{self.name}: dropped a Hessian estimate {why}")
 
     def _warn_of_the_unreached(self) -> None:
         """Name the parameters with a gradient but no path to the terms; once, at the first estimate with all terms."""
@@ -310,8 +302,9 @@ class Session:
 
     def _after_step(self) -> None:
         self.window.restart()
-        self.monitor.after_step()
-        self.schedule.stepped()
+        if not self.optimizer.step_was_skipped:
+            self.monitor.after_step()
+            self.schedule.stepped()
 
     def _after_load(self) -> None:
         """After a resume or NaN recovery: what a checkpoint of an older version lacks is as it was built here."""
@@ -326,6 +319,7 @@ class Session:
 
     def _save_metrics(self, original: Callable, metrics: dict[str, Any]) -> None:
         """Add Sophia's figures to results.csv and to the metrics that loggers read."""
+        self.skipping.count(self.trainer.scaler)
         figures = self.monitor.epoch()
         # In epochs without validation Ultralytics passes the last metrics again, ours among them: keep ours last, as in
         # the first row, for it writes the columns in the order of the mapping.

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from yolo_sophia.optim._auto_rho import clip_quantile, is_young, smoothed
 from yolo_sophia.optim._compat import DEPRECATED, renamed
+from yolo_sophia.optim._fused import uses_triton
 from yolo_sophia.optim._hessian import HESSIAN_AVERAGES, bias_correction_factor, move_hessians
 from yolo_sophia.optim._ranks import mean_over_ranks
-from yolo_sophia.optim._state import GROUP_KEYS, MOMENTS, StatefulOptimizer
+from yolo_sophia.optim._skipping import Members, SkippingOptimizer
+from yolo_sophia.optim._state import GROUP_KEYS, MOMENTS
 from yolo_sophia.optim._step import StepOptions, choose_step, hessian_scale, uses_foreach
 from yolo_sophia.options import OPTIONS, STEP_OPTIONS
 
@@ -42,7 +44,10 @@ SHARED_DOCS = {
             release.
         hessian_average: {OPTIONS["hessian_average"].doc} Estimates are averaged before they enter h, for every
             parameter of more than 2 (kernel) or 1 (row) dimensions. None (element) in the official release.
-        foreach: Use multi-tensor kernels, or (False) one tensor after the other; None chooses by device.""",
+        foreach: Use multi-tensor kernels, or (False) one tensor after the other; None chooses by device.
+        fused: Step all parameters with one kernel (Triton, CUDA); False never does. None does on CUDA where the kernel
+            can be used and `foreach` is None. A GradScaler then calls `step` without waiting for its check of the
+            gradients; trainers that refuse such optimizers together with a clip of the gradient need False.""",
     "cautious": f"cautious: {OPTIONS['cautious'].doc}",
     "step_options": "\n        ".join(
         f"{name}: {OPTIONS[name].doc} {OPTIONS[name].default} in the official release." for name in STEP_OPTIONS
@@ -68,7 +73,25 @@ def shares_docs(cls: type) -> type:
     return cls
 
 
-class SophiaBase(StatefulOptimizer):
+class DueForRho(NamedTuple):
+    """Parameter groups that share a rho to be measured.
+
+    Attributes:
+        groups: The groups.
+        pairs: Each group with its parameters that have a gradient and a state.
+        updated: Whether h has moved since the last measurement.
+        young: Whether m is young, see `is_young`.
+        age: Number of this step, from 1.
+    """
+
+    groups: list[dict[str, Any]]
+    pairs: list[tuple[dict[str, Any], Tensor]]
+    updated: bool
+    young: bool
+    age: int
+
+
+class SophiaBase(SkippingOptimizer):
     """State, checks, and both halves of the algorithm; see the subclasses for the hyperparameters.
 
     Attributes:
@@ -80,7 +103,6 @@ class SophiaBase(StatefulOptimizer):
 
     eps_is_minimum = True
     scales_hessian = True
-    _steps_without_hessian: int | None = 0  # None: h was updated, or the warning was given
 
     def __init__(self, params: Any, defaults: dict[str, Any], deprecated: Mapping[str, Any] | None = None):
         defaults = renamed({**GROUP_KEYS, **defaults}, deprecated or {}, type(self).__name__)
@@ -129,6 +151,7 @@ class SophiaBase(StatefulOptimizer):
         require(valid, group, "rho", 'a number > 0, or "auto"' if self.scales_hessian else "a number > 0")
         require(group["weight_decay"] >= 0, group, "weight_decay", "a number >= 0")
         require(group["eps"] > 0, group, "eps", "a number > 0")
+        require(not (group["fused"] and group["foreach"]), group, "fused", "None or False with foreach=True")
         for name in STEP_OPTIONS:
             require(OPTIONS[name].contains(group[name]), group, name, OPTIONS[name].expected)
         average = group["hessian_average"]
@@ -177,6 +200,7 @@ class SophiaBase(StatefulOptimizer):
 
     def _move_hessian(self, values: Sequence[Tensor | None], squared: bool = False) -> None:
         """Average over kernels or rows, then over time; `squared` says that the values are roots of estimates."""
+        self.count_skipped_steps()
         remaining = iter(values)
         for group in self.param_groups:
             pairs = [(p, value) for p, value in zip(group["params"], remaining) if value is not None]
@@ -205,25 +229,44 @@ class SophiaBase(StatefulOptimizer):
 
     def _move_parameters(self, factor: float = 1.0) -> None:
         """One step with the gradients in `.grad`; the factor multiplies h."""
-        self._set_rho(factor)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [self._dense(p.grad, "step()") for p in params]
-            states = [self.state[p] or self._state_of(p) for p in params]
+        due = self._due_for_rho()
+        if due and self._counted:  # by a number of steps that may hold skipped ones
+            self.count_skipped_steps()
+            due = self._due_for_rho()
+        members = [m for group in self.param_groups if (m := self._members(group)) is not None]
+        if self._is_skipped(members, wait=bool(due)):
+            return
+        self._set_rho(due, factor)
+        fused_scales: list[float] = []
+        fused_options: list[StepOptions] = []
+        for group, columns, states, is_fused in members:
             rho, bound = self._scale_and_bound(group)
             scale = hessian_scale(rho, group["hessian_power"], factor)
             examples = {s["hessian_updates"]: s for s in states}  # usually one: all were updated equally often
             corrected = {t: scale / bias_correction_factor(group, s) for t, s in examples.items()}
             scales = [corrected[s["hessian_updates"]] for s in states]
-            _count([s["step"] for s in states])
             options = StepOptions.of(group, bound, self.eps_is_minimum)
-            m, h = ([s[key] for s in states] for key in MOMENTS)
-            factors = [self.row_factors.get(p) if self.row_factors else None for p in params]
-            choose_step(group, params)(params, grads, m, h, scales, factors, options)
+            if is_fused:
+                fused_scales += scales
+                fused_options += [options] * len(scales)
+            else:
+                *tensors, factors = columns
+                choose_step(group, columns[0])(*tensors, scales, factors, options)
+        if fused_scales:
+            self._fused(fused_scales, fused_options, self.found_inf, self._grad_scale)
         if self._steps_without_hessian is not None:
             self._warn_without_hessian()
+
+    def _members(self, group: dict[str, Any]) -> Members | None:
+        """What a step moves of a parameter group; None if nothing."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return None
+        grads = [self._dense(p.grad, "step()") for p in params]
+        states = [self.state[p] or self._state_of(p) for p in params]
+        m, h = ([s[key] for s in states] for key in MOMENTS)
+        factors = [self.row_factors.get(p) if self.row_factors else None for p in params]
+        return Members(group, (params, grads, m, h, factors), states, uses_triton(group, params))
 
     def _warn_without_hessian(self) -> None:
         """Warn once if the parameters have moved for some steps and h was never updated."""
@@ -241,9 +284,9 @@ class SophiaBase(StatefulOptimizer):
 
     how_to_update = "Call update_hessian() every few steps, see its documentation."
 
-    def _set_rho(self, factor: float) -> None:
-        """Measure rho where it is automatic; groups of one clip fraction and power share one rho."""
-        automatic = [group for group in self.param_groups if group["clip_fraction"] is not None]
+    def _due_for_rho(self) -> list[DueForRho]:
+        """Groups whose rho is to be measured in this step; those of one clip fraction and power share one rho."""
+        due, automatic = [], [group for group in self.param_groups if group["clip_fraction"] is not None]
         for kind in {(group["clip_fraction"], group["hessian_power"]) for group in automatic}:
             groups = [group for group in automatic if (group["clip_fraction"], group["hessian_power"]) == kind]
             pairs = [(g, p) for g in groups for p in g["params"] if p.grad is not None and self.state.get(p)]
@@ -253,8 +296,13 @@ class SophiaBase(StatefulOptimizer):
             age = 1 + int(self.state[pairs[0][1]]["step"])
             young = is_young(pairs[0][0]["betas"][0], age)
             grown = young and groups[0]["rho_measurements"] == 1 and 0 < 1.25 * groups[0]["rho_age"] <= age
-            if not updated and not grown:
-                continue
+            if updated or grown:
+                due.append(DueForRho(groups, pairs, updated, young, age))
+        return due
+
+    def _set_rho(self, due: Iterable[DueForRho], factor: float) -> None:
+        """Measure rho where it is due."""
+        for groups, pairs, updated, young, age in due:
             states = [self.state[p] for _, p in pairs]
             quantile = clip_quantile(
                 [-p.grad if g["maximize"] else self._dense(p.grad, "step()") for g, p in pairs],
@@ -262,7 +310,8 @@ class SophiaBase(StatefulOptimizer):
                 [s["hessian"] for s in states],
                 [factor / bias_correction_factor(g, s) for (g, _), s in zip(pairs, states)],
                 [g["betas"][0] for g, _ in pairs],
-                *kind,
+                groups[0]["clip_fraction"],
+                groups[0]["hessian_power"],
             )
             for group in groups:
                 group["rho_due"] = False
@@ -278,11 +327,6 @@ class SophiaBase(StatefulOptimizer):
                 "in the embedding layer, or torch.optim.SparseAdam for that parameter."
             )
         return grad
-
-
-def _count(steps: list[Tensor]) -> None:
-    """Add 1 to each; on CPU a tensor 1 for all is several times faster than a number, which becomes one for each."""
-    torch._foreach_add_(steps, torch.ones(()) if steps[0].is_cpu else 1)
 
 
 def evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:

@@ -10,7 +10,6 @@ DEPRECATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "hessian_root": ("hessian_power", lambda value: 0.5 if value else 1),
     "probes": ("n_samples", lambda value: value),
     "k": ("hessian_interval", lambda value: value),
-    "fused": ("foreach", lambda value: True if value else None),
 }
 """Old name -> (new name, function from the old value to the new one)."""
 
@@ -37,24 +36,22 @@ def renamed(
         new, convert = DEPRECATED.get(old, (None, None))
         if new not in known:
             raise TypeError(f"{name}: unexpected argument {old!r}, expected one of {sorted(known)}.")
-        if old == "fused":
-            if not value:
-                continue
-            message = "fused=True is not available in this version; foreach=True is used."
-        else:
-            message = f"{old}= is deprecated and will be removed; use {new}={convert(value)!r}."
-        warnings.warn(f"{name}: {message}", FutureWarning, stacklevel=4)
+        message = f"{name}: {old}= is deprecated and will be removed; use {new}={convert(value)!r}."
+        warnings.warn(message, FutureWarning, stacklevel=4)
         result[new] = convert(value)
     return result
 
 
 def reads_old_keys(group: dict[str, Any]) -> None:
     """Translate the keys of a checkpoint's parameter group, in place."""
+    if group.keys() & set(DTYPES):
+        group.pop("fused", None)  # was another implementation
     for key in DTYPES:
         group.pop(key, None)
     for old, (new, convert) in DEPRECATED.items():
-        if old in group and ((value := convert(group.pop(old))) or old != "fused"):
-            group[new] = value if old == "fused" else group.get(new, value)  # trainings of Ultralytics have both k's
+        if old in group:
+            value = convert(group.pop(old))
+            group[new] = group.get(new, value)  # trainings of Ultralytics have both k's
     if "refreshes" in group:
         group.setdefault("refresh_index", group["refreshes"])
         del group["refreshes"]

@@ -44,6 +44,13 @@ class HessianSchedule:
     @property
     def due(self) -> bool:
         """Whether the next step needs a Hessian update."""
+        if not self._is_due():
+            return False
+        if (count := getattr(self._optimizer, "count_skipped_steps", None)) is not None:
+            count()  # the age may hold steps that the device has skipped
+        return self._is_due()
+
+    def _is_due(self) -> bool:
         interval, age = self["hessian_interval"], self["hessian_age"]
         if interval is None:
             return False

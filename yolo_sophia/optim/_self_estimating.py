@@ -146,10 +146,12 @@ class SelfEstimatingSophia(SophiaBase):
                 loss = evaluated(closure)
         else:
             loss = evaluated(closure)
+        if due and self._reads_skip():
+            return loss
         if due:
             self.refresh(loss)
         self._move_parameters()
-        if self._updates_itself:
+        if self._updates_itself and not self.step_was_skipped:
             self.schedule.stepped()
         return loss
 

@@ -24,6 +24,7 @@ GROUP_KEYS: Mapping[str, Any] = MappingProxyType(
     {
         "maximize": False,
         "foreach": None,
+        "fused": None,
         "bias_correction": False,
         "hessian_average": None,
         **{name: OPTIONS[name].default for name in STEP_OPTIONS},
@@ -61,7 +62,7 @@ class StatefulOptimizer(Optimizer):
         """Load a state; one of another optimizer is refused before anything changes.
 
         Hooks that convert a state run first. States of version 0.1 are translated: renamed keys, and h and m in
-        bfloat16.
+        bfloat16. `fused` stays as it is.
 
         Args:
             state_dict: What `state_dict()` of this class gave.
@@ -81,6 +82,8 @@ class StatefulOptimizer(Optimizer):
                 for key in MOMENTS if i in loaded["state"] else ():  # torch has cast them to the parameter's dtype
                     value = loaded["state"][i][key]
                     self.state[p][key] = value.to(device=p.device, dtype=state_dtype(p, key))
+                if "step" in self.state.get(p, {}):  # torch has moved it where `fused` is True
+                    self.state[p]["step"] = self.state[p]["step"].cpu()
 
         # The last hook before the state is taken over, and the first one after it.
         before = self.register_load_state_dict_pre_hook(validate)
@@ -109,6 +112,8 @@ class StatefulOptimizer(Optimizer):
         groups = [dict(group) for group in state_dict["param_groups"]]
         for group in groups:
             reads_old_keys(group)
+        for own, group in zip(self.param_groups, groups):
+            group["fused"] = own["fused"]  # a matter of the machine
         state_dict = {**state_dict, "param_groups": groups}
         self._check_class({key for group in groups for key in CLASS_KEYS if key in group})
         self._check_shapes(state_dict)

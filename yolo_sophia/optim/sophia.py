@@ -44,7 +44,7 @@ class DecoupledSophia(SelfEstimatingSophia):
         {seed}
         {options}
         {cautious}
-        deprecated: A name of version 0.1: `fused`.
+        deprecated: Names of version 0.1.
 
     {state}
 
@@ -76,6 +76,7 @@ class DecoupledSophia(SelfEstimatingSophia):
         hessian_average: str | None = None,
         cautious: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         **deprecated: Any,
     ):
         if not callable(hessian_estimator):
@@ -91,6 +92,7 @@ class DecoupledSophia(SelfEstimatingSophia):
             "weight_decay": weight_decay,
             "rho": rho,
             "foreach": foreach,
+            "fused": fused,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
             "cautious": cautious,
@@ -131,7 +133,7 @@ class Sophia(DecoupledSophia):
         loss_function: From the model's output and the targets to a scalar loss. For Gauss-Newton-Bartlett one of
             which the likelihood is known: see `curvature.likelihood_of`.
         n_samples: Hessian-vector products per Hutchinson estimate, >= 1.
-        settings: `seed`, `bias_correction`, `hessian_average`, `cautious`, `foreach` of `DecoupledSophia`.
+        settings: `seed`, `bias_correction`, `hessian_average`, `cautious`, `foreach`, `fused` of `DecoupledSophia`.
 
     Several processes estimate as with `DecoupledSophia`: each rank on its own `input_data`.
 

@@ -32,7 +32,7 @@ class SophiaG(SophiaBase):
         {options}
         {step_options}
         {auto}
-        deprecated: Names of version 0.1: `hessian_root`, `fused`.
+        deprecated: Names of version 0.1: `hessian_root`.
 
     {state}
 
@@ -57,6 +57,7 @@ class SophiaG(SophiaBase):
         eps: float = 1e-15,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         bias_correction: bool = False,
         hessian_average: str | None = None,
         cautious: bool = False,
@@ -72,6 +73,7 @@ class SophiaG(SophiaBase):
             "eps": eps,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
             "cautious": cautious,

@@ -47,7 +47,7 @@ class SophiaH(SelfEstimatingSophia):
         {options}
         {step_options}
         {auto}
-        deprecated: Names of version 0.1: `k`, `probes`, `hessian_root`, `fused`.
+        deprecated: Names of version 0.1: `k`, `probes`, `hessian_root`.
 
     {state}
 
@@ -76,6 +76,7 @@ class SophiaH(SelfEstimatingSophia):
         hessian_power: float = 1,
         clip_fraction: float | None = None,
         foreach: bool | None = None,
+        fused: bool | None = None,
         **deprecated: Any,
     ):
         defaults = {
@@ -85,6 +86,7 @@ class SophiaH(SelfEstimatingSophia):
             "weight_decay": weight_decay,
             "eps": eps,
             "foreach": foreach,
+            "fused": fused,
             "n_samples": n_samples,
             "bias_correction": bias_correction,
             "hessian_average": hessian_average,
