@@ -10,10 +10,11 @@ import yaml
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 
-from yolo_sophia.integration.auto_lr import factor_for, rate_for
+from yolo_sophia.integration.auto_lr import FEWEST_STEPS, MEASURED, START, factor_for
 from yolo_sophia.integration.auto_preset import FEWER_STEPS, choose_preset, optimizer_steps
 from yolo_sophia.integration.explicit import MARKER
 from yolo_sophia.integration.measure import count_images
+from yolo_sophia.integration.resolution import Facts, resolve
 from yolo_sophia.options import ALL
 from yolo_sophia.presets import preset_names
 
@@ -162,40 +163,34 @@ def version() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("names", "single_cls", "lr", "why"),
+    ("classes", "steps", "lr", "source"),
     [
-        (["a", "b", "c"], False, 0.001429, "for 3 new classes"),
-        (["a", "b", "c"], True, 0.002, "for 1 new class"),
-        (map(str, range(80)), False, 0.000119, "for 80 new classes"),
-        ([], False, 0.000714, "for an unknown number of new classes"),  # as of ten
-        (["person", "helmet"], False, 0.00012, "as the weights know 1 of 2 classes"),
-        (["person", "helmet"], True, 0.00012, "as the weights know 1 of 2 classes"),
-        (["person", "helmet", "vest"], False, 0.001429, "for 3 new classes"),
-        (["Dog", "CAT"], False, 0.00012, "as the weights know 2 of 2 classes"),
+        (3, FEWEST_STEPS - 1, 0.001429, "preset"),
+        (1, FEWEST_STEPS - 1, 0.002, "preset"),
+        (80, FEWEST_STEPS - 1, 0.000119, "preset"),
+        (0, FEWEST_STEPS - 1, 0.000714, "preset"),  # as of ten
+        (3, FEWEST_STEPS, START, MEASURED),
+        (3, None, START, MEASURED),
     ],
 )
-def test_the_learning_rate_that_follows_from_the_classes(names, single_cls, lr, why):
-    """Ultralytics' own rule for AdamW, round(0.002 * 5 / (4 + nc), 6), unless the weights know the classes."""
-    known = frozenset({"cat", "dog", "person"})
-    assert rate_for(list(names), known, single_cls) == (lr, why)
+def test_a_short_run_takes_ultralytics_learning_rate(classes, steps, lr, source):
+    """Ultralytics' own rule for AdamW, round(0.002 * 5 / (4 + nc), 6); a longer run measures."""
+    resolved = resolve({"optimizer": "SophiaG"}, (), Facts(True, steps, classes))
+    assert (resolved.values["lr0"], resolved.sources["lr0"]) == (lr, source)
+    why = "too short to measure" if source == "preset" else "lr0=0.0002 until measured"
+    assert resolved.reason.endswith(why)
+    typed = resolve({"optimizer": "SophiaG", "lr0": 0.003}, ("lr0",), Facts(True, steps, classes))
+    assert (typed.values["lr0"], typed.sources["lr0"]) == (0.003, "explicit")
 
 
-@pytest.mark.parametrize("form", ["weights", "yaml and load", "yaml and pretrained"])
-def test_the_names_of_the_weights_follow_the_loads(form, trained, tiny_run, tiny_model, tmp_path):
-    make, more = FORMS[form](str(trained), tiny_model)
-    content = yaml.safe_load(Path(tiny_run["data"]).read_text())
-    content["names"] = ["Dog", "cat", *[f"new {i}" for i in range(len(content["names"]) - 2)]][: len(content["names"])]
-    content["names"][2:] = ["person"] * 0 + content["names"][2:]
-    data = tmp_path / "named.yaml"
-    data.write_text(yaml.safe_dump(content))
-    run = {k: v for k, v in tiny_run.items() if k != "model"} | {"data": str(data)}
-    args, has_weights = settings_of(make, **run, **more, optimizer="SophiaG", exist_ok=True)
-    count, known = len(content["names"]), 2
-    expected = 0.00012 if has_weights and 2 * known >= count else round(0.01 / (4 + count), 6)
-    assert args["lr0"] == (expected if has_weights else 0.004)
+@pytest.mark.parametrize("single_cls", [False, True])
+def test_a_short_run_counts_its_classes(trained, tiny_run, single_cls):
+    run = {k: v for k, v in tiny_run.items() if k != "model"}
+    args, _ = settings_of(lambda: YOLO(str(trained)), **run, optimizer="SophiaG", single_cls=single_cls)
+    assert args["lr0"] == (0.002 if single_cls else 0.001)
 
 
-@pytest.mark.parametrize(("lr", "factor"), [(0.001, 2.5), (0.000119, 21.0084), (0.01, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("lr", "factor"), [(0.001, 10.0), (0.000119, 84.0336), (0.02, 1.0), (0.0, 1.0)])
 def test_the_factor_of_what_is_new(lr, factor):
-    """It learns at 0.0025 whatever the rest does."""
+    """It learns at 0.01 whatever the rest does."""
     assert factor_for(lr) == factor

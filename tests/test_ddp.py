@@ -51,7 +51,7 @@ def train(tiny_data, tiny_model, tmp_path_factory, python) -> Callable[..., Simp
             "hessian_interval": 2,
             "hessian_fraction": 0.5,
             "lr0": 0.001,
-            "lr_factors": {"new": "auto"},  # decided by each rank for itself: 2.5
+            "lr_factors": {"new": "auto"},  # decided by each rank for itself: 10
         }
         parent = TwoProcesses(overrides={**given, **settings})
         with pytest.MonkeyPatch.context() as patch:

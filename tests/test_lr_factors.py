@@ -282,7 +282,7 @@ def test_the_table(model, tmp_path, monkeypatch):
     assert args.sophia_new_rows.startswith("{") and "cv3.0.2" in args.sophia_new_rows
     monkeypatch.setattr(build, "provenance_of", lambda _: Provenance({}, "tensors", None))
     _, args, log = built(model, tmp_path, "SGD", lr_factors={"new": "auto"}, lr0=0.001)
-    assert args.lr_factors == {"new": 2.5} and "no load of weights was seen" in log
+    assert args.lr_factors == {"new": 10.0} and "no load of weights was seen" in log
     assert ["new", "0", "0", "-"] in [line.split() for line in log.splitlines()]
 
 

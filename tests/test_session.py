@@ -26,7 +26,7 @@ from ultralytics.utils.patches import torch_load
 from yolo_sophia.curvature import Hutchinson
 from yolo_sophia.integration import monitor
 from yolo_sophia.integration import window as accumulation
-from yolo_sophia.integration.auto_lr import NEW_RATE, rate_for
+from yolo_sophia.integration.auto_lr import NEW_RATE, ultralytics_rate
 from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.presets import load_preset
 
@@ -356,7 +356,7 @@ def test_the_head_learns_at_a_rate_of_its_own_where_it_is_asked_for(train, optim
 def test_auto_gives_what_is_new_its_own_rate(train):
     run = train(sophia="detect-finetune", lr_factors={"new": "auto"})
     args, groups = run.trainer.args, run.trainer.optimizer.param_groups
-    lr, factor = rate_for(run.trainer.data["names"].values(), ())[0], NEW_RATE / args.lr0
+    lr, factor = ultralytics_rate(6), NEW_RATE / args.lr0
     assert (args.lr0, args.lr_factors) == (lr, {"new": pytest.approx(factor, rel=1e-3)})
     assert {g["initial_lr"] for g in groups if g["params"]} == {lr * args.lr_factors["new"]}  # from scratch
     assert "others" not in run.log and "6 new, 0 copied by name" in run.log

@@ -178,7 +178,7 @@ OPTIONS: Mapping[str, Option] = _by_name(
         "lr_factors",
         dict,
         "Learning rate over `lr0` by part: `backbone`, `neck`, `head`, `new` (what did not come from the weights, row "
-        "by row; `auto` is 0.0025 / lr0, at least 1) or a pattern of parameter names. Every optimizer takes it.",
+        "by row; `auto` is 0.01 / lr0, at least 1) or a pattern of parameter names. Every optimizer takes it.",
         {},
     ),
     Option(

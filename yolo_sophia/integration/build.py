@@ -11,6 +11,7 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_sophia.curvature import ESTIMATORS, Hutchinson
 from yolo_sophia.integration.arguments import NEW_ROWS, canonical_optimizer
+from yolo_sophia.integration.auto_lr import MEASURED
 from yolo_sophia.integration.checkpoints import KEEP_FLOAT32, reworded
 from yolo_sophia.integration.external_optimizer import constructor, is_path
 from yolo_sophia.integration.lr_factors import Split, assign, numbers, split, table, warm_up_biases
@@ -23,7 +24,7 @@ from yolo_sophia.optim import SophiaG, SophiaH
 from yolo_sophia.optim._base import SophiaBase
 from yolo_sophia.optim._schedule import COUNTERS
 from yolo_sophia.optim._state import StatefulOptimizer
-from yolo_sophia.options import ALL, NEW, STEP_OPTIONS
+from yolo_sophia.options import ALL, AUTO, NEW, STEP_OPTIONS
 
 
 def build(trainer: BaseTrainer, original: Callable, call: dict[str, Any]) -> torch.optim.Optimizer:
@@ -84,6 +85,9 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
     else:
         optimizer = SophiaG(parts.groups, **settings)
         trainer._sophia = Session(trainer, optimizer, ESTIMATORS[values["hessian_estimator"]]())
+    if resolved.sources["lr0"] == MEASURED:
+        is_fixed = values["lr_factors"].get(NEW) == AUTO
+        trainer._sophia.rate.begin(i for i, label in enumerate(parts.labels) if is_fixed and label == NEW)
     return with_rates(optimizer, trainer, parts)
 
 

@@ -60,11 +60,13 @@ class Split:
         groups: The groups; the first one is made of the first one before, and the new parts come last.
         biases: Indices of the groups that were made of the first one before.
         row_rates: Rows with the rate of another group.
+        labels: Entry that each group was made for; None for what has no entry, or a factor of 1.
     """
 
     groups: list[dict[str, Any]]
     biases: list[int]
     row_rates: list[RowRate]
+    labels: list[str | None]
 
 
 def numbers(factors: Mapping[str, float | str], lr: float) -> dict[str, float]:
@@ -151,7 +153,7 @@ def split(groups: Sequence[Mapping[str, Any]], parts: Parts) -> Split:
     """
     labels = list(dict.fromkeys(parts.label(entry) for entry in parts.order))
     if labels == [None]:
-        return Split([dict(group) for group in groups], [0], [])
+        return Split([dict(group) for group in groups], [0], [], [None] * len(groups))
     label_of = {p: parts.label(entry) for p, entry in parts.entry.items()}
     base_of = {p: base for base, group in enumerate(groups) for p in group["params"]}
     own_rate = [p for p in parts.rows if p in base_of and parts.factors[NEW] != parts.factors[parts.entry[p]]]
@@ -166,7 +168,7 @@ def split(groups: Sequence[Mapping[str, Any]], parts: Parts) -> Split:
     rates = [
         RowRate(p, parts.rows[p], index[base_of[p], label_of[p]], index[base_of[p], parts.label(NEW)]) for p in own_rate
     ]
-    return Split(made, [i for (base, _), i in index.items() if base == 0], rates)
+    return Split(made, [i for (base, _), i in index.items() if base == 0], rates, [label for _, label in index])
 
 
 def warm_up_biases(optimizer: Optimizer, trainer: Any, biases: Sequence[int]) -> None:

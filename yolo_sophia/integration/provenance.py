@@ -184,8 +184,3 @@ def provenance_for_workers(model: Any) -> Iterator[None]:
 def listed_names(names: Any) -> tuple[str, ...]:
     """Class names that a model or data set holds as a mapping, as a list or not at all."""
     return tuple(map(str, names.values() if isinstance(names, dict) else names or ()))
-
-
-def lower_names(names: Any) -> frozenset[str]:
-    """The same in lower case."""
-    return frozenset(map(str.lower, listed_names(names)))

@@ -27,12 +27,12 @@ from yolo_sophia.integration.arguments import (
     default_arguments,
     finalize,
 )
-from yolo_sophia.integration.auto_lr import rate_for
+from yolo_sophia.integration.auto_lr import MEASURED, START, can_measure, ultralytics_rate
 from yolo_sophia.integration.auto_preset import CANDIDATES, choose_preset, optimizer_steps
 from yolo_sophia.integration.explicit import MARKER, Record
 from yolo_sophia.integration.external_optimizer import is_path
 from yolo_sophia.integration.measure import read_data
-from yolo_sophia.integration.provenance import listed_names, lower_names, provenance_of, starts_from_weights
+from yolo_sophia.integration.provenance import listed_names, starts_from_weights
 from yolo_sophia.options import ALL, AUTO, HUTCHINSON, OPTIONS, RENAMED, ULTRALYTICS_ARGS, suggestion
 from yolo_sophia.presets import Preset, load_preset
 
@@ -44,14 +44,12 @@ class Facts:
     Attributes:
         from_weights: Whether it starts from trained weights.
         steps: Optimizer steps; None where they are unknown.
-        names: Class names of its data.
-        weight_names: Class names that its weights know, in lower case.
+        classes: Number of classes that are trained; 0 where it is unknown.
     """
 
     from_weights: bool
     steps: int | None = None
-    names: tuple[str, ...] = ()
-    weight_names: frozenset[str] = frozenset()
+    classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Resolved:
 
     Attributes:
         values: Arguments to set: the options, Ultralytics' arguments that were decided here, and the record.
-        sources: "explicit", "preset", "default", "recorded" or "optimizer", by argument.
+        sources: "explicit", "preset", "default", "recorded", "optimizer" or `auto_lr.MEASURED`, by argument.
         preset: The preset.
         reason: Why the preset was chosen, and what its learning rate follows from; empty if nothing was chosen.
     """
@@ -89,7 +87,7 @@ def resolve(arguments: Mapping[str, Any], explicit: Iterable[str], facts: Facts 
         TypeError: A value is of the wrong kind.
         ValueError: A value is out of range or belongs to another optimizer, or the preset is unknown or malformed.
     """
-    record, reasons = Record.of(arguments, KNOWN_KEYS), []
+    record, reasons, measured = Record.of(arguments, KNOWN_KEYS), [], {}
     explicit = {key for key in (record.keys if record else explicit) if key in ALL}
     if record and record.preset:
         preset = _preset_of_record(record.preset)
@@ -102,15 +100,26 @@ def resolve(arguments: Mapping[str, Any], explicit: Iterable[str], facts: Facts 
         preset = _common_preset() if name.lower() == AUTO else load_preset(name)
         base, source_of_base = dict(preset.settings), "preset"
         if base.get("lr0") == AUTO and facts is not None and "lr0" not in explicit:
-            base["lr0"], why = rate_for(facts.names, facts.weight_names, bool(arguments.get("single_cls")))
-            reasons.append(f"lr0={base['lr0']} {why}")
+            if can_measure(facts.steps):
+                measured["lr0"] = START
+                reasons.append(f"lr0={START} {MEASURED}")
+            else:
+                base["lr0"] = ultralytics_rate(facts.classes)
+                count = facts.classes or "an unknown number of"
+                reasons.append(f"lr0={base['lr0']} for {count} class{'es' * (count != 1)}, too short to measure")
     optimizer = canonical_optimizer(arguments.get("optimizer")) or OPTIMIZERS[0]
     implied = {"hessian_estimator": HUTCHINSON} if optimizer == "SophiaH" else {}
     given = {key: arguments[key] for key in explicit if arguments[key] != implied.get(key)}
     if "clip_fraction" in given:
         given.setdefault("rho", AUTO)  # it has no meaning under a fixed rho, which the preset may have
     defaults = {key: option.default for key, option in OPTIONS.items() if key in base or preset.name != AUTO}
-    layers = (("explicit", given), ("optimizer", implied), (source_of_base, base), ("default", defaults))
+    layers = (
+        ("explicit", given),
+        ("optimizer", implied),
+        (MEASURED, measured),
+        (source_of_base, base),
+        ("default", defaults),
+    )
     values, sources = {}, {}
     for key, option in ALL.items():
         source, layer = next(((s, layer) for s, layer in layers if key in layer), (None, None))
@@ -187,11 +196,14 @@ def start_search(args: dict[str, Any], space: Mapping[str, Any]) -> None:
 
 def facts_of(trainer: Any, call: Mapping[str, Any]) -> Facts:
     """What the settings depend on, read from a trainer whose model is built."""
-    data = trainer.data if isinstance(getattr(trainer, "data", None), dict) else {}
-    names, rows = listed_names(data.get("names")), provenance_of(call["model"]).class_rows
-    known = [names[k] for k in rows.by_name if k < len(names)] if rows else ()
     steps = None if trainer.args.time else int(call["iterations"])
-    return Facts(starts_from_weights(call["model"]), steps, names, lower_names(known))
+    return Facts(starts_from_weights(call["model"]), steps, trained_classes(trainer))
+
+
+def trained_classes(trainer: Any) -> int:
+    """Number of classes that a trainer trains; 0 where it is unknown."""
+    data = trainer.data if isinstance(getattr(trainer, "data", None), dict) else {}
+    return 1 if trainer.args.single_cls else len(listed_names(data.get("names")))
 
 
 def preview(arguments: Mapping[str, Any], explicit: Iterable[str]) -> Resolved:
@@ -203,32 +215,30 @@ def preview(arguments: Mapping[str, Any], explicit: Iterable[str]) -> Resolved:
         TypeError: As `resolve`.
         ValueError: As `resolve`.
     """
-    start = _start_of(str(arguments.get("model")), str(arguments.get("pretrained", True)))
-    if start is None:
+    from_weights = _starts_from_weights(str(arguments.get("model")), str(arguments.get("pretrained", True)))
+    if from_weights is None:
         return resolve(arguments, explicit, None)
-    from_weights, known = start
     try:
         _, content = read_data(str(arguments.get("data")))
         names = content["names"] if "names" in content else [f"class_{i}" for i in range(content["nc"])]
     except (ValueError, LookupError, TypeError):
         names = ()
-    steps = optimizer_steps(arguments)
-    return resolve(arguments, explicit, Facts(from_weights, steps, listed_names(names), known))
+    classes = 1 if arguments.get("single_cls") else len(listed_names(names))
+    return resolve(arguments, explicit, Facts(from_weights, optimizer_steps(arguments), classes))
 
 
 @lru_cache(maxsize=16)
-def _start_of(model: str, pretrained: str) -> tuple[bool, frozenset[str]] | None:
-    """Whether a model starts from weights, and their class names; None where it cannot be loaded."""
+def _starts_from_weights(model: str, pretrained: str) -> bool | None:
+    """Whether a model starts from weights; None where it cannot be loaded."""
     from ultralytics import YOLO
 
     if pretrained == "False":
-        return False, frozenset()
+        return False
     try:
         made = YOLO(pretrained if pretrained.lower().endswith((".pt", ".pth")) else model).model
     except Exception:  # a damaged file, or one of another program, leads to errors of many kinds
         return None
-    trained = starts_from_weights(made)
-    return trained, lower_names(getattr(made, "names", None)) if trained else frozenset()
+    return starts_from_weights(made)
 
 
 def save_arguments(trainer: Any) -> None:

@@ -23,6 +23,7 @@ from yolo_sophia.curvature.noise import noise_seed
 from yolo_sophia.integration.binding import Binding
 from yolo_sophia.integration.checkpoints import final_eval_atomically, save_atomically
 from yolo_sophia.integration.estimate import EstimatePass, LossProbe, not_finite
+from yolo_sophia.integration.measured_lr import RateMeasurement
 from yolo_sophia.integration.modules import is_compiled, unwrap
 from yolo_sophia.integration.monitor import Monitor
 from yolo_sophia.integration.skipping import Skipping, warn_of
@@ -48,6 +49,7 @@ class Session:
         window: The micro-batches of the next step.
         skipping: Takes the steps whose gradient is finite.
         passes: Makes the estimates.
+        rate: Measures the learning rate of a run that has none yet.
     """
 
     def __init__(self, trainer: BaseTrainer, optimizer: SophiaBase, estimator: Estimator | Hutchinson):
@@ -57,6 +59,7 @@ class Session:
         self.window = Window()
         self.skipping = Skipping(optimizer)
         self.passes = EstimatePass(unwrap(trainer.model))
+        self.rate = RateMeasurement(trainer, optimizer)
         self._built = [{key: own for key, own in g.items() if key != "params"} for g in optimizer.param_groups]
         self._never_updated: list[tuple[int, Tensor]] | None = None  # None: look them up
         self._parameter_count = 0
@@ -98,6 +101,7 @@ class Session:
         """After the callbacks of any event, which may replace methods of the trainer: bind again."""
         original(event)
         self._preprocess.bind()
+        self.rate.after_event(event)
 
     def _preprocess_batch(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Before the forward pass: count the images, and estimate if a Hessian update is due."""
@@ -305,12 +309,14 @@ class Session:
         if not self.optimizer.step_was_skipped:
             self.monitor.after_step()
             self.schedule.stepped()
+            self.rate.after_step()
 
     def _after_load(self) -> None:
         """After a resume or NaN recovery: what a checkpoint of an older version lacks is as it was built here."""
         for group, built in zip(self.optimizer.param_groups, self._built):
             for key, value in built.items():
                 group.setdefault(key, value)
+        self.rate.after_load()
         self._never_updated = None
         # NaN recovery redoes an epoch from the checkpoint: what was sampled in the bad one is no part of its row.
         self.monitor.reset()
