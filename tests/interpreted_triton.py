@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import weakref
 from functools import partial
 from itertools import combinations, product
 
@@ -125,10 +126,11 @@ def test_coordinates_beyond_two_to_the_31():
     for t, value in zip((p, g, m, h), (1.0, 1.0, 0.0, 0.0)):
         t[end.start - 4 :] = value
     step = _fused.FusedStep()
-    step.prepare([p], [g], [m], [h], [None])
+    columns = ([p], [g], [m], [h], [None])
+    step.arrange(columns)
     (launch,) = step.launches
     launch._table[:, 8], launch.programs = -first, 1
-    step([1.0], [_fused.StepOptions(0.5, 0.5, 0.0, 1e-12, False)])
+    step(columns, [(_fused.StepOptions(0.5, 0.5, 0.0, 1e-12, False), [1.0])])
     assert (p[end] == 0.5).all() and (m[end] == 0.5).all()
     assert (p[end.start - 4 : end.start] == 1).all() and (p[end.stop :] == 1).all()
 
@@ -150,6 +152,45 @@ def test_any_shape(shapes, long, layout):
     assert_close(*([t.detach() for t in result] for result in results))
 
 
+def as_channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+CHANGES = {
+    "parameter": lambda p, state: setattr(p, "data", as_channels_last(p.data)),
+    "dtype": lambda p, state: setattr(p, "data", p.data.bfloat16()),
+    "gradient": lambda p, state: setattr(p, "grad", as_channels_last(p.grad)),
+    "momentum": lambda p, state: state.update(exp_avg=as_channels_last(state["exp_avg"])),
+    "momentum in place": lambda p, state: setattr(state["exp_avg"], "data", state["exp_avg"].half()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_steps_is_seen(change):
+    results = []
+    for way in ({"fused": True}, {"foreach": False}):
+        optimizer = filled([(4, 3, 2, 2), (5,)], **way)
+        p = params_of(optimizer)[0]
+        for _ in range(2):
+            optimizer.step()
+            CHANGES[change](p, optimizer.state[p])
+        optimizer.step()
+        results.append(held(optimizer))
+    assert_close(*results)
+
+
+def test_gradients_are_not_kept():
+    optimizer = filled([(4, 3, 2, 2), (5, 3)], lambda t: laid_out(t, 3), fused=True)
+    assert not any(p.is_contiguous() for p in params_of(optimizer))
+    for flag in (None, 0.0, 1.0):
+        for p in params_of(optimizer):
+            p.grad = torch.ones_like(p)
+        grads = [weakref.ref(p.grad) for p in params_of(optimizer)]
+        stepped(optimizer, flag)
+        optimizer.zero_grad()
+        assert not any(grad() is not None for grad in grads)
+
+
 # Factors of lr within a parameter
 
 
@@ -167,8 +208,9 @@ def test_row_factors(dtype):
         (lambda t: t, torch.tensor([1.0, 2.0]), False),
         (lambda t: t, torch.tensor([[1.0], [2.0], [0.0]]).double(), False),
         (lambda t: t.t().contiguous().t(), torch.tensor([[1.0], [2.0], [0.0]]), False),
+        (lambda t: t[:0], torch.ones(0, 1), None),
     ],
-    ids=["rows", "number", "columns", "float64", "transposed"],
+    ids=["rows", "number", "columns", "float64", "transposed", "empty"],
 )
 def test_factors_that_the_kernel_takes(arrange, factor, taken):
     results = []
@@ -182,7 +224,7 @@ def test_factors_that_the_kernel_takes(arrange, factor, taken):
     fused = filled([(3, 2)], arrange, fused=True)
     fused.row_factors[fused.param_groups[0]["params"][0]] = factor
     fused.step()
-    assert bool(fused._fused.launches) == taken and bool(fused._fused.rest) != taken
+    assert bool(fused._fused.launches) is bool(taken) and bool(fused._fused.rest) is (taken is False)
 
 
 # A gradient that is not finite

@@ -410,6 +410,36 @@ def test_groups_can_be_added_later(source):
     assert optimizer.state[late]["hessian"].all()
 
 
+COUNTERS = {
+    "replaced": lambda optimizer, state: state.update(step=torch.tensor(5.0)),
+    "moved": lambda optimizer, state: setattr(state["step"], "data", torch.tensor(5.0)),
+    "shape of the official release": lambda optimizer, state: state.update(step=torch.tensor([5.0])),
+    "one parameter less": lambda optimizer, state: setattr(held(optimizer)[1], "grad", None),
+}
+
+
+@pytest.mark.parametrize("change", COUNTERS)
+def test_steps_are_counted_whatever_becomes_of_their_tensors(change):
+    optimizer = SophiaG(parameters())
+    twin = SophiaG(copies(optimizer))
+    a, b = held(optimizer)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    for _ in range(2):
+        optimizer.step()
+    twin.load_state_dict(optimizer.state_dict())
+    for p in held(twin):
+        p.grad = torch.ones_like(p)
+    twin.step()
+    clone = copy.deepcopy(optimizer)
+    COUNTERS[change](optimizer, optimizer.state[a])
+    for _ in range(2):
+        optimizer.step()
+    counted = [optimizer.state[p]["step"].item() for p in (a, b)]
+    assert counted == {"one parameter less": [4.0, 2.0]}.get(change, [7.0, 4.0])
+    for other, steps in ((clone, 2), (twin, 3)):
+        assert [other.state[p]["step"].item() for p in held(other)] == [steps, steps], "of its own"
+
+
 @both_implementations
 def test_frozen_and_late_parameters(foreach):
     settings = {"lr": 0.02, "rho": 0.1}

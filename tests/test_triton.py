@@ -68,6 +68,7 @@ def on_cuda(monkeypatch):
     """Parameters seem to be on a GPU of capability 8.0; no reason is known yet."""
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", property(lambda p: True), raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for cached in (reason_against, _fused._say_once):
         cached.cache_clear()
     yield monkeypatch
@@ -155,12 +156,24 @@ def test_choice(group, reason, kind, expected, on_cuda):
         assert [str(w.message) for w in caught] == [said] * bool(reason), "once"
 
 
+def test_not_into_a_cuda_graph(on_cuda):
+    """A replay would copy the addresses and settings of the step that was captured."""
+    on_cuda.setattr(_fused, "reason_against", lambda device: None)
+    group, params = {"fused": None, "foreach": None}, [Parameter(torch.ones(2))]
+    assert uses_triton(group, params)
+    on_cuda.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not uses_triton(group, params)
+
+
 def test_not_on_a_cpu():
     p = [Parameter(torch.ones(2))]
     assert not uses_triton({"fused": None, "foreach": None}, p) and "triton" not in repr(reason_against(p[0].device))
-    p[0].grad = torch.ones(2)
+    optimizer = SophiaG(p)
     with pytest.raises(RuntimeError, match="fused=True: found parameters on 'cpu', expected 'cuda'"):
-        SophiaG(p, fused=True).step()
+        SophiaG(p, fused=True)
+    with pytest.raises(RuntimeError, match="fused=True: found parameters on 'cpu', expected 'cuda'"):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(2))], "fused": True})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("kind", [SophiaG, SophiaH])
@@ -176,13 +189,13 @@ def test_loading_keeps_the_choice_and_the_counters_on_the_host():
     def make(**way) -> SophiaG:
         p = Parameter(torch.ones(3))
         p.grad = torch.ones(3)
-        optimizer = SophiaG([p], **way)
-        return optimizer
+        return SophiaG([p], **way)
 
     saved = make(foreach=True)
     saved.step()
     for fused in (None, False, True):
-        loaded = make(fused=fused)
+        loaded = make()
+        loaded.param_groups[0]["fused"] = fused  # the constructor refuses True on a CPU
         loaded.load_state_dict({**saved.state_dict()})
         assert loaded.param_groups[0]["fused"] is fused
         (state,) = loaded.state.values()

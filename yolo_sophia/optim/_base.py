@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +46,10 @@ SHARED_DOCS = {
         hessian_average: {OPTIONS["hessian_average"].doc} Estimates are averaged before they enter h, for every
             parameter of more than 2 (kernel) or 1 (row) dimensions. None (element) in the official release.
         foreach: Use multi-tensor kernels, or (False) one tensor after the other; None chooses by device.
-        fused: Step all parameters with one kernel (Triton, CUDA); False never does. None does on CUDA where the kernel
-            can be used and `foreach` is None. A GradScaler then calls `step` without waiting for its check of the
-            gradients; trainers that refuse such optimizers together with a clip of the gradient need False.""",
+        fused: Step all parameters with one kernel (Triton, CUDA); RuntimeError where it cannot be used. False never
+            does. None does on CUDA where the kernel can be used and `foreach` is None. A GradScaler then calls `step`
+            without waiting for its check of the gradients; trainers that refuse such optimizers together with a clip
+            of the gradient need False.""",
     "cautious": f"cautious: {OPTIONS['cautious'].doc}",
     "step_options": "\n        ".join(
         f"{name}: {OPTIONS[name].doc} {OPTIONS[name].default} in the official release." for name in STEP_OPTIONS
@@ -120,6 +122,7 @@ class SophiaBase(SkippingOptimizer):
 
         Raises:
             ValueError: A hyperparameter is out of range, or a parameter is complex.
+            RuntimeError: `fused` is True, and the kernel cannot be used.
         """
         if isinstance(param_group, dict):
             old = {key: param_group[key] for key in DEPRECATED if key in param_group}
@@ -138,7 +141,7 @@ class SophiaBase(SkippingOptimizer):
                 group["clip_fraction"] = None if inherits else group["clip_fraction"]
                 require(group["clip_fraction"] is None, group, "clip_fraction", 'None, as rho is not "auto"')
             self._check_group(group)
-        except (TypeError, ValueError):  # TypeError: a comparison with what is no number
+        except (TypeError, ValueError, RuntimeError):  # TypeError: a comparison with what is no number
             self.param_groups.pop()
             raise
 
@@ -162,6 +165,8 @@ class SophiaBase(SkippingOptimizer):
                     f"{type(self).__name__} does not support complex parameters, found one of {p.dtype} and shape "
                     f"{tuple(p.shape)}; train torch.view_as_real(...) of it instead."
                 )
+        if group["fused"] and group["params"]:
+            uses_triton(group, group["params"])  # raises where it cannot
 
     # The curvature --------------------------------------------------------------------------------------------------
 
@@ -230,16 +235,16 @@ class SophiaBase(SkippingOptimizer):
     def _move_parameters(self, factor: float = 1.0) -> None:
         """One step with the gradients in `.grad`; the factor multiplies h."""
         due = self._due_for_rho()
-        if due and self._counted:  # by a number of steps that may hold skipped ones
+        if due and self._may_hold_skipped:  # the steps decide it
             self.count_skipped_steps()
             due = self._due_for_rho()
         members = [m for group in self.param_groups if (m := self._members(group)) is not None]
-        if self._is_skipped(members, wait=bool(due)):
+        columns = tuple([*chain(*each)] for each in zip(*(m.columns for m in members if m.is_fused)))  # () if none
+        if self._is_skipped(members, columns, wait=bool(due)):
             return
         self._set_rho(due, factor)
-        fused_scales: list[float] = []
-        fused_options: list[StepOptions] = []
-        for group, columns, states, is_fused in members:
+        fused: list[tuple[StepOptions, list[float]]] = []
+        for group, (*tensors, factors), states, is_fused in members:
             rho, bound = self._scale_and_bound(group)
             scale = hessian_scale(rho, group["hessian_power"], factor)
             examples = {s["hessian_updates"]: s for s in states}  # usually one: all were updated equally often
@@ -247,13 +252,11 @@ class SophiaBase(SkippingOptimizer):
             scales = [corrected[s["hessian_updates"]] for s in states]
             options = StepOptions.of(group, bound, self.eps_is_minimum)
             if is_fused:
-                fused_scales += scales
-                fused_options += [options] * len(scales)
+                fused.append((options, scales))
             else:
-                *tensors, factors = columns
-                choose_step(group, columns[0])(*tensors, scales, factors, options)
-        if fused_scales:
-            self._fused(fused_scales, fused_options, self.found_inf, self._grad_scale)
+                choose_step(group, tensors[0])(*tensors, scales, factors, options)
+        if fused:
+            self._fused(columns, fused, self.found_inf, self._grad_scale)
         if self._steps_without_hessian is not None:
             self._warn_without_hessian()
 

@@ -11,6 +11,8 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from yolo_sophia.optim._step import Factors, StepOptions, Tensors, foreach_step, single_tensor_step
+from yolo_sophia.optim._step import Columns, StepOptions, foreach_step, single_tensor_step
 
 BLOCK = 1024
 """Coordinates that a program of the kernel moves."""
@@ -31,8 +33,6 @@ DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 CAPABILITY = (7, 0)
 """The least CUDA capability that Triton supports."""
-
-Kind = tuple[Any, ...]
 
 
 def uses_triton(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
@@ -53,7 +53,8 @@ def uses_triton(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
     plain = all(type(p) in (Tensor, Parameter) for p in params)  # not DTensor
     if asked is None and not (plain and all(p.is_cuda for p in params)):
         return False
-    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    is_captured = params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or is_captured:
         return False  # a CUDA graph would replay the copy of the table with the addresses and settings of today
     reasons = [] if plain else ["found a subclass of Tensor, such as DTensor, expected plain tensors"]
     reasons += [reason for device in {p.device for p in params} if (reason := reason_against(device))]
@@ -94,101 +95,96 @@ def _check_one_step(device: torch.device) -> None:
     Raises:
         Exception: Triton is missing or broken, has no C compiler, or its result is another one.
     """
-    values = torch.linspace(-2, 2, BLOCK + 76)
+    values = torch.linspace(-2, 2, BLOCK + 76, dtype=torch.float32, device="cpu")
     columns = [[values.roll(i).to(device), values[:5].roll(i).to(device)] for i in range(3)]
     columns.append([h.square() for h in columns[0]])
     found, expected = ([[t.clone() for t in column] for column in columns] for _ in range(2))
     options, scales = StepOptions(0.1, 0.9, 0.1, 1e-12, False), [0.5, 0.5]
     single_tensor_step(*expected, scales, [None, None], options)
     with torch.no_grad():
-        step = FusedStep()
-        step.prepare(*found, [None, None])
-        step(scales, [options] * 2, torch.zeros((), device=device))
+        step, columns = FusedStep(), (*found, [None, None])
+        step.arrange(columns)
+        step(columns, [(options, scales)], torch.zeros((), device=device))
     for a, b in zip((*found[0], *found[2]), (*expected[0], *expected[2])):
         if not torch.allclose(a, b, rtol=1e-5, atol=1e-6):
             raise ArithmeticError("a step of the kernel differs from the reference")
 
 
 class FusedStep:
-    """Steps of one optimizer with the kernel. What does not change from step to step is kept on the device.
+    """Steps of one optimizer with the kernel.
 
     Attributes:
         rest: Positions of the tensors that the kernel does not take: their dtype or memory layout is another one.
-        launches: What a step launches.
+        launches: What a step launches. Empty tensors are in none.
     """
 
     def __init__(self):
         self.rest: list[int] = []
         self.launches: list[_Launch] = []
-        self._kinds: list[Kind] = []
-        self._rest: list[list[Any]] = []  # tensors of the step that is prepared; gradients are not kept after it
-        self._skipped: Tensor | None = None  # launches that have left everything as it was, on the device
+        self._layouts: list[list[Any]] = []  # of the step before
+        self._states: list[Tensor | None] = []
+        self._skipped: Tensor | None = None  # steps that have left everything as it was, on the device
 
-    def prepare(self, params: Tensors, grads: Tensors, exp_avgs: Tensors, hessians: Tensors, factors: Factors) -> bool:
-        """Take the tensors of the next step, of all groups; arguments as in `single_tensor_step`.
+    def arrange(self, columns: Columns) -> bool:
+        """Divide the tensors of the next step, of all groups, into launches.
 
         Returns:
-            Whether their number, shapes, dtypes or layouts are others than in the step before.
+            Whether their number, dtypes or layouts are others than in the step before.
         """
-        columns = (params, grads, exp_avgs, hessians, factors)
-        kinds = [_kind(*tensors) for tensors in zip(*columns)]
-        changed = kinds != self._kinds
-        if changed:
-            buckets: dict[tuple, list[int]] = {}
-            self._kinds, self.rest = kinds, []
-            for i, (p, g, m, h, f) in enumerate(zip(*columns)):
-                if is_supported(p, g, m, h, f):
-                    buckets.setdefault((p.device, p.dtype, g.dtype, m.dtype, h.dtype), []).append(i)
-                else:
-                    self.rest.append(i)
-            self.launches = [
-                _Launch(device, dtypes, places, [(params[i].numel(), factors[i]) for i in places])
-                for (device, *dtypes), places in buckets.items()
-                if any(params[i].numel() for i in places)
-            ]
-        for launch in self.launches:
-            launch.address(columns)
-        self._rest = [[column[i] for i in self.rest] for column in columns]
-        return changed
+        layouts = [[*map(read, tensors)] for tensors in columns[:2] for read in (Tensor.size, Tensor.stride)]
+        layouts += [[*map(read, ts)] for ts in columns[:4] for read in (Tensor.get_device, attrgetter("dtype"))]
+        states = [*chain(*columns[2:])]  # of the same tensor, neither shape nor strides change
+        if layouts == self._layouts and all(map(is_, states, self._states)):
+            return False
+        self._layouts, self._states, self.rest = layouts, states, []
+        buckets: dict[tuple, list[int]] = {}
+        for i, (p, g, m, h, f) in enumerate(zip(*columns)):
+            if not is_supported(p, g, m, h, f):
+                self.rest.append(i)
+            elif p.numel():
+                buckets.setdefault((p.device, p.dtype, g.dtype, m.dtype, h.dtype), []).append(i)
+        self.launches = [_Launch(*kind, places=places, columns=columns) for kind, places in buckets.items()]
+        return True
 
     def __call__(
         self,
-        scales: Sequence[float],
-        options: Sequence[StepOptions],
+        columns: Columns,
+        groups: Sequence[tuple[StepOptions, list[float]]],
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> None:
-        """Move the tensors that were prepared; the rest with multi-tensor kernels, which read no flags.
+        """Move the tensors that were arranged; the rest with multi-tensor kernels, which read no flags.
 
         Args:
-            scales: Factor on h per tensor.
-            options: Settings per tensor.
+            columns: The tensors, as they were given to `arrange`.
+            groups: Settings of each parameter group, and the factors on h of its tensors.
             found_inf: Not 0: leave everything as it is. One number on a device, or None.
             grad_scale: What the gradients are divided by, in place. One number on a device, or None.
         """
-        rows: dict[tuple[int, float], int] = {}
-        settings, row_of = [], []
-        for scale, o in zip(scales, options):
-            row = rows.setdefault((id(o), scale), len(settings))
-            if row == len(settings):
-                settings.append(_settings(o, scale))
-            row_of.append(row)
+        settings: list[list[float]] = []
+        rows: list[int] = []
+        for options, scales in groups:  # usually one row for a group: its tensors have the same scale
+            row = {scale: len(settings) + i for i, scale in enumerate(dict.fromkeys(scales))}
+            settings += [_settings(options, scale) for scale in row]
+            rows += [row[scale] for scale in scales]
         counter = None
         if found_inf is not None and self.launches:
             if self._skipped is None:
                 self._skipped = torch.zeros((), dtype=torch.int32, device=self.launches[0].device)
             counter = self._skipped
         for launch in self.launches:
-            launch(settings, row_of, found_inf, grad_scale, counter)
-            counter = None
-        columns, self._rest = self._rest, []
-        for o in {id(options[i]): options[i] for i in self.rest}.values():
-            same = [k for k, i in enumerate(self.rest) if options[i] is o]
-            *tensors, factors = [[column[k] for k in same] for column in columns]
-            foreach_step(*tensors, [scales[self.rest[k]] for k in same], factors, o)
+            launch(columns, settings, rows, found_inf, grad_scale, counter)
+            counter = None  # a step is counted once
+        first = 0
+        for options, scales in groups if self.rest else ():
+            places = [i for i in self.rest if first <= i < first + len(scales)]
+            if places:
+                *tensors, factors = [[column[i] for i in places] for column in columns]
+                foreach_step(*tensors, [scales[i - first] for i in places], factors, options)
+            first += len(scales)
 
     def take_skipped(self) -> int:
-        """How many calls have left everything as it was since this was asked for last. Waits for the device."""
+        """How many steps have left everything as it was since this was asked for last. Waits for the device."""
         counter, self._skipped = self._skipped, None
         return 0 if counter is None else int(counter)
 
@@ -199,53 +195,39 @@ class _Launch:
     Args:
         device: Where the tensors are.
         dtypes: Of parameters, gradients, momenta and curvatures.
-        places: Positions of the tensors in the lists of a step.
-        members: Number of coordinates of each tensor, and its factors of lr.
+        places: Positions of the tensors, none of them empty.
+        columns: The tensors, see `FusedStep.arrange`.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        dtypes: Sequence[torch.dtype],
-        places: list[int],
-        members: list[tuple[int, Tensor | None]],
-    ):
+    def __init__(self, device: torch.device, *dtypes: torch.dtype, places: list[int], columns: Columns):
         self.device, self.dtypes, self.places = device, dtypes, places
-        counts = np.array([count for count, _ in members], dtype=np.int64)
+        counts = np.array([columns[0][i].numel() for i in places], dtype=np.int64)
         programs = -(-counts // BLOCK)
         self.programs = int(programs.sum())
         self._table = np.zeros((len(places), COLUMNS), dtype=np.int64)
         self._table[:, 5] = counts
-        self._table[:, 6] = [1 if f is None else max(1, count // f.numel()) for count, f in members]
+        self._table[:, 6] = counts // [1 if columns[4][i] is None else columns[4][i].numel() for i in places]
         self._table[:, 8] = np.cumsum(programs) - programs
         self._owners = self._on_device(np.repeat(np.arange(len(places), dtype=np.int32), programs))
-        self._held: Tensor | None = None
-
-    def address(self, columns: tuple[Tensors, Tensors, Tensors, Tensors, Factors]) -> None:
-        """Write the addresses of this step's tensors."""
-        for column, tensors in enumerate(columns[:4]):
-            self._table[:, column] = [tensors[i].data_ptr() for i in self.places]
-        self._table[:, 4] = [0 if (f := columns[4][i]) is None else f.data_ptr() for i in self.places]
 
     def __call__(
         self,
+        columns: Columns,
         settings: list[list[float]],
-        row_of: list[int],
+        rows: list[int],
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
         skipped: Tensor | None,
     ) -> None:
-        """Launch; `settings` are the rows for `_triton.SCALARS`, `row_of` says which one is each tensor's."""
+        """Launch; `settings` are the rows for `_triton.SCALARS`, `rows` says which one is each tensor's."""
         import yolo_sophia.optim._triton as kernel  # imports Triton
 
-        self._table[:, 7] = [row_of[i] for i in self.places]
+        for column, tensors in enumerate(columns):
+            self._table[:, column] = [0 if (t := tensors[i]) is None else t.data_ptr() for i in self.places]
+        self._table[:, 7] = [rows[i] for i in self.places]
         scalars = np.array(settings, dtype=np.float32).reshape(-1)
         scalars = np.pad(scalars, (0, -len(scalars) % 4))  # the table begins at a multiple of 16 bytes
-        content = np.concatenate([scalars.view(np.int64), self._table.reshape(-1)])
-        if self._held is None or self._held.numel() < len(content):
-            self._held = torch.empty(len(content), dtype=torch.int64, device=self.device)
-        held = self._held[: len(content)]
-        held.copy_(self._staged(content), non_blocking=True)
+        held = self._on_device(np.concatenate([scalars.view(np.int64), self._table.reshape(-1)]))
         aligned = not (self._table[:, :4] % 16).any()
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             kernel.step[(self.programs,)](
@@ -260,13 +242,13 @@ class _Launch:
                 BLOCK=BLOCK,
             )
 
-    def _staged(self, content: np.ndarray) -> Tensor:
-        """A copy from which the device can read while the host goes on. Pinned memory is reused after the reading."""
-        source = torch.from_numpy(content)
-        return source.pin_memory() if self.device.type == "cuda" else source
-
     def _on_device(self, content: np.ndarray) -> Tensor:
-        return self._staged(content).to(self.device, non_blocking=True)
+        """A copy on the device, which the host does not wait for.
+
+        PyTorch's allocator of pinned memory keeps the source until the device has read it.
+        """
+        source = torch.from_numpy(content)
+        return (source.pin_memory() if self.device.type == "cuda" else source).to(self.device, non_blocking=True)
 
 
 def _settings(o: StepOptions, scale: float) -> list[float]:
@@ -275,12 +257,6 @@ def _settings(o: StepOptions, scale: float) -> list[float]:
     eps = max(o.eps, torch.finfo(torch.float32).tiny)
     flags = [float(o.eps_is_minimum), float(o.hessian_power != 1), sign * o.cautious]
     return [o.lr, o.lr * o.weight_decay, o.beta1, sign * (1 - o.beta1), scale, eps, o.bound, *flags]
-
-
-def _kind(p: Tensor, g: Tensor, m: Tensor, h: Tensor, f: Tensor | None) -> Kind:
-    """All that decides how tensors are stepped, but for their addresses."""
-    kind = (p.shape, *((t.dtype, t.get_device(), t.stride()) for t in (p, g, m, h)))
-    return kind if f is None else (*kind, f.shape, f.dtype, f.get_device(), f.stride())
 
 
 def is_supported(p: Tensor, g: Tensor, m: Tensor, h: Tensor, f: Tensor | None) -> bool:
@@ -296,14 +272,16 @@ def is_supported(p: Tensor, g: Tensor, m: Tensor, h: Tensor, f: Tensor | None) -
     tensors = (p, g, m, h)
     if any(t.dtype not in DTYPES or t.device != p.device or t.shape != p.shape for t in tensors):
         return False
-    places = [[s for s, n in zip(t.stride(), t.shape) if n > 1] for t in tensors]  # others do not matter
-    if places.count(places[0]) < len(places) or not _is_dense(p):
+    if p.numel() == 0:
+        return True
+    strides = [[s for s, n in zip(t.stride(), t.shape) if n > 1] for t in tensors]  # others do not matter
+    if strides.count(strides[0]) < len(strides) or not _is_dense(p):
         return False
-    if f is None or f.numel() == 0 or p.numel() == 0:
+    if f is None:
         return True
     if f.dtype != torch.float32 or f.device != p.device or not f.is_contiguous():
         return False
-    by_rows = f.shape == (p.shape[0], *[1] * (p.dim() - 1)) if p.dim() else True
+    by_rows = p.dim() > 0 and f.shape == (p.shape[0], *[1] * (p.dim() - 1))
     return f.numel() == 1 or (by_rows and p.stride(0) * p.shape[0] == p.numel())
 
 

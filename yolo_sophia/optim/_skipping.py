@@ -8,7 +8,6 @@ somebody needs the counters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from yolo_sophia.optim._fused import FusedStep, uses_triton
 from yolo_sophia.optim._state import StatefulOptimizer
-from yolo_sophia.optim._step import Factors, Tensors
+from yolo_sophia.optim._step import Columns
 
 
 class Members(NamedTuple):
@@ -24,13 +23,13 @@ class Members(NamedTuple):
 
     Attributes:
         group: The parameter group.
-        columns: Its parameters with a gradient, their gradients, momenta, curvatures, and factors of lr (or None).
+        columns: Its parameters with a gradient, and what belongs to them.
         states: Their states.
         is_fused: Whether the kernel steps them.
     """
 
     group: dict[str, Any]
-    columns: tuple[Tensors, Tensors, Tensors, Tensors, Factors]
+    columns: Columns
     states: list[dict[str, Any]]
     is_fused: bool
 
@@ -52,14 +51,19 @@ class SkippingOptimizer(StatefulOptimizer):
     _steps_without_hessian: int | None = 0  # None: h was updated, or the warning was given
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
-        self._fused, self._counted = FusedStep(), []
+        self._start_anew()
         super().__init__(params, defaults)
+
+    def _start_anew(self) -> None:
+        self._fused = FusedStep()
+        self._steps = torch.empty(0)  # of the states that were stepped last, see `_count`
+        self._addresses: list[int] = []
+        self._may_hold_skipped = False  # whether `_steps` may hold steps that the device has skipped
 
     def __setstate__(self, state: dict) -> None:
         """Restore a pickled or loaded state."""
         super().__setstate__(state)
-        if "_fused" not in self.__dict__:  # a pickle does not hold it
-            self._fused, self._counted = FusedStep(), []
+        self._start_anew()  # nothing of it is in a pickle
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -72,12 +76,12 @@ class SkippingOptimizer(StatefulOptimizer):
 
         Saving, loading and Hessian updates do so by themselves. Until then, the counters hold the skipped steps too.
         """
-        counted, self._counted = self._counted, []
-        skipped = self._fused.take_skipped() if counted else 0
+        is_asked, self._may_hold_skipped = self._may_hold_skipped, False
+        skipped = self._fused.take_skipped() if is_asked else 0
         if not skipped:
             return
         self.skipped_steps += skipped
-        torch._foreach_sub_(counted, float(skipped))
+        self._steps -= skipped
         for group in self.param_groups:
             if group.get("hessian_age"):
                 group["hessian_age"] = max(0, group["hessian_age"] - skipped)
@@ -99,30 +103,38 @@ class SkippingOptimizer(StatefulOptimizer):
         self.count_skipped_steps()
         return super().__getstate__()
 
-    def _is_skipped(self, members: Sequence[Members], wait: bool) -> bool:
-        """Give a step's tensors to the kernel, and count the step.
+    def _is_skipped(self, members: Sequence[Members], columns: Columns | tuple[()], wait: bool) -> bool:
+        """Prepare a step and count it.
 
         Args:
             members: What is moved.
+            columns: The tensors that the kernel steps; () if it steps none.
             wait: Whether the flag has to be known before the step.
 
         Returns:
             Whether the step is known to be skipped; nothing is to be done then.
         """
-        steps = [state["step"] for each in members for state in each.states]
-        fused = [each.columns for each in members if each.is_fused]
-        changed = bool(fused) and self._fused.prepare(*([*chain(*columns)] for columns in zip(*fused)))
-        if self._counted and (changed or [*map(id, steps)] != [*map(id, self._counted)]):
+        if columns and self._fused.arrange(columns):
             self.count_skipped_steps()
-        on_device = len(fused) == len(members) and self._fused.launches and not self._fused.rest
+        is_fused = columns and all(each.is_fused for each in members)
+        on_device = is_fused and self._fused.launches and not self._fused.rest
         if (wait or not on_device) and self._reads_skip():
             return True
         self.step_was_skipped = False
-        if steps:
-            _count(steps)
-        if self.found_inf is not None:
-            self._counted = steps
+        self._count([state for each in members for state in each.states])
+        self._may_hold_skipped |= self.found_inf is not None
         return False
+
+    def _count(self, states: list[dict[str, Any]]) -> None:
+        """Add 1 to the `step` of each state; they become views of one tensor, as hundreds of additions take longer."""
+        steps = [state["step"] for state in states]
+        if [*map(Tensor.data_ptr, steps)] != self._addresses:
+            self.count_skipped_steps()
+            self._steps = torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu")
+            for state, step in zip(states, views := self._steps.unbind()):
+                state["step"] = step
+            self._addresses = [*map(Tensor.data_ptr, views)]
+        self._steps += 1
 
     def _reads_skip(self) -> bool:
         """Read the flag, and unscale the gradients if the step is taken. Waits for the device if there is a flag."""
@@ -140,8 +152,3 @@ class SkippingOptimizer(StatefulOptimizer):
     @property
     def _grad_scale(self) -> Tensor | None:
         return getattr(self, "grad_scale", None)
-
-
-def _count(steps: list[Tensor]) -> None:
-    """Add 1 to each; on CPU a tensor 1 for all is several times faster than a number, which becomes one for each."""
-    torch._foreach_add_(steps, torch.ones(()) if all(step.is_cpu for step in steps) else 1)

@@ -49,6 +49,8 @@ class StepOptions:
 
 Tensors = list[Tensor]
 Factors = list[Tensor | None]
+Columns = tuple[Tensors, Tensors, Tensors, Tensors, Factors]
+"""Parameters, gradients, momenta, curvatures, factors of lr."""
 Step = Callable[[Tensors, Tensors, Tensors, Tensors, list[float], Factors, StepOptions], None]
 """An implementation: changes params and exp_avgs in place. Its arguments are those of `single_tensor_step`."""
 
