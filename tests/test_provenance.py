@@ -360,18 +360,6 @@ def test_workers_of_several_gpus(run, weights, tiny_model):
     assert provenance.VARIABLE not in os.environ
 
 
-def test_rows_by_position_as_new(monkeypatch, weights, tiny_model):
-    monkeypatch.setattr(provenance, "POSITION_ROWS_ARE_NEW", True)
-    model = target_of(("v", "Dog", "w", "tree", "x", "y"), tiny_model)
-    model.load(loaded(weights), verbose=False)
-    found = provenance_of(model)
-    assert set(found.new.values()) == {(0, 2, 4, 5)}
-    assert (found.class_rows.by_position == ()) == IS_84
-    model.names = dict(enumerate("uvwxyz"))
-    model.load(loaded(weights), verbose=False)
-    assert set(provenance_of(model).new.values()) == {None}
-
-
 def test_real_weights(shared_data):
     """Every row of COCO's 80 classes is told from every other."""
     source = shared_data / "weights" / "yolov8n-dequantised.pt"

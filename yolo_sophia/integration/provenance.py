@@ -22,9 +22,6 @@ from yolo_sophia.integration.modules import class_layers, trained_part
 
 LOADS, RECORDED, TENSORS = "loads", "recorded", "tensors"
 
-POSITION_ROWS_ARE_NEW = False
-"""Whether class rows that were copied by position, from a class of another name, count as new."""
-
 VARIABLE = "YOLO_SOPHIA_PROVENANCE"
 """Environment variable that takes the provenance of a model to the workers of a multi-GPU run."""
 
@@ -83,14 +80,7 @@ def provenance_of(model: nn.Module) -> Provenance:
         if found.new.keys() <= there:
             return found
     record = record_of(model)
-    rows = _class_rows(model, record)
-    new = dict(record.new)
-    if POSITION_ROWS_ARE_NEW and rows is not None and rows.by_position:
-        for path, layer in class_layers(model).items():
-            for name in (f"{path}.{own}" for own, _ in layer.named_parameters()):
-                found = tuple(sorted({*rows.by_position, *(new.get(name, ()) or ())}))
-                new[name] = None if new.get(name, ()) is None or len(found) == len(layer.weight) else found
-    return Provenance(new, LOADS if record.is_seen else TENSORS, rows)
+    return Provenance(dict(record.new), LOADS if record.is_seen else TENSORS, _class_rows(model, record))
 
 
 def _class_rows(model: nn.Module, record: LoadRecord) -> ClassRows | None:
