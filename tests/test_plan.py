@@ -457,7 +457,7 @@ def test_keys_are_names_of_folders():
 def test_plan_yaml_reads_back_as_the_same_plan(tmp_path):
     given = {
         **BASE, "data": ["a.yaml", "b/data.yaml"], "optimizers": ["AdamW", "AdamW", "blog"], "epochs": 7, "lrf": 1e-05,
-        "arms": {"ä".encode().hex(): {"optimizer": "torch.optim.Adamax", "optimizer_args": {"eps": "1e-8"}}},
+        "arms": {"ä".encode().hex(): {"optimizer": "torch.optim.Adamax", "optimizer_args": {"eps": 1e-8}}},
         "seeds": [3, 5], "horizons": [0.5, 1.0], "target": 0.3, "tune_trials": 2, "tune_epochs": 4, "workers": 2,
         "bn_recalibrate": True, "devices": [0, 1], "out": str(tmp_path / "é"), "cache": None, "dry_run": True,
     }  # fmt: skip

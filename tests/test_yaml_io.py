@@ -32,6 +32,11 @@ def test_dates_stay_text_and_merges_merge():
     assert parse_yaml("{x: &x {a: 1, b: 2}, y: {<<: *x, a: 3}}", "it")["y"] == {"a": 3, "b": 2}
 
 
+def test_an_exponent_makes_a_number():
+    read = parse_yaml("[1e-3, 1.0e3, +2E5, -1.e4, '1e3', 1e, e5, 1e5x]", "it")
+    assert read == [0.001, 1000.0, 2e5, -1e4, "1e3", "1e", "e5", "1e5x"]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from yolo_sophia.options import ALL
+
 FORMS = (
     "[low, high], [low, high, 'log'], [low, high, 'int'], a list of strings or of three or more numbers to choose "
     "from, {'choices': [...]}, or null to leave it out"
@@ -90,10 +92,6 @@ class Choice:
         """All of them."""
         return self.values
 
-    def at(self, u: float) -> Any:
-        """The value at the fraction u in [0, 1]."""
-        return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
-
     def rounded(self, value: Any) -> Any:
         """The value as it is."""
         return value
@@ -116,7 +114,11 @@ def written(dimension: Dimension) -> Any:
     return [dimension.low, dimension.high, *["log"] * dimension.log, *["int"] * dimension.is_int]
 
 
-_SOPHIA = {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)}
+def _of_options(*names: str) -> dict[str, Dimension]:
+    return {name: Range(*ALL[name].search, ALL[name].log_search) for name in names}
+
+
+_SOPHIA = _of_options("lr0", "rho")
 _ADAM = {"lr0": Range(2e-4, 1e-2), "weight_decay": Range(1e-5, 1e-1)}
 SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
     {
@@ -134,9 +136,7 @@ SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
     }
 )
 """What is searched for each optimizer: the learning rate and one other argument."""
-AUTO_RHO: Mapping[str, Dimension] = MappingProxyType(
-    {"lr0": _SOPHIA["lr0"], "clip_fraction": Range(0.1, 0.95, log=False)}
-)
+AUTO_RHO: Mapping[str, Dimension] = MappingProxyType(_of_options("lr0", "clip_fraction"))
 """What is searched for Sophia under rho=auto, where clip_fraction takes the place of rho."""
 OTHERS: Mapping[str, Dimension] = MappingProxyType({"lr0": Range(1e-5, 1e-2), "weight_decay": Range(1e-5, 1e-1)})
 """What is searched for an optimizer given by a dotted path."""

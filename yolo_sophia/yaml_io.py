@@ -1,12 +1,13 @@
 """YAML that users write: presets, plans, search spaces, and values on a command line.
 
-The rule: plain values under keys of text, and nothing that is not what it looks like. No object is made, no key is
-given twice, no date is guessed, and no alias multiplies a small file into a large value.
+Only plain values under keys of text are read: no Python objects, no repeated keys, no dates, and no aliases that make a
+large value of a small file. 1e-3 is a number, as in YAML 1.2; PyYAML reads it as text.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ _PLAIN = {None, *(_TAG + kind for kind in ("null", "bool", "int", "float", "str"
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values; a date stays text."""
+    """Plain values; a date stays text, and an exponent makes a number."""
 
     yaml_constructors: ClassVar = {
         tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _PLAIN
@@ -40,6 +41,9 @@ class _Loader(yaml.SafeLoader):
                 raise ValueError(f"found the key {key!r} twice, expected it once")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -6,7 +6,6 @@ Ultralytics' arguments are read as `yolo train` reads them. A path that exists i
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,10 +54,8 @@ def _read_content(content: Mapping[str, Any], own: Collection[str]) -> dict[str,
         if key == "arms" and isinstance(value, dict):
             arms = value.items()
             made[key] = {name: _read_content(arm, ()) if isinstance(arm, dict) else arm for name, arm in arms}
-        elif isinstance(value, str) and value.strip() and not _is_number(value):
-            made[key] = _value(key, value, own)
         else:
-            made[key] = plain_numbers(value)
+            made[key] = _value(key, value, own) if isinstance(value, str) and value.strip() else value
     return made
 
 
@@ -75,19 +72,6 @@ def read_mapping(word: str, given: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{word}={path}: found {type(content).__name__}, expected a mapping of keys to values.")
     return content
-
-
-def plain_numbers(value: Any) -> Any:
-    """Convert numbers that YAML 1.1 reads as text, such as 1e-3, also inside lists and mappings."""
-    if isinstance(value, dict):
-        return {key: plain_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and _is_number(value) else value
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text))
 
 
 def _joined(words: Sequence[str]) -> list[str]:
@@ -161,7 +145,7 @@ def _scalar(key: str, text: str) -> Any:
     if text.lower() in {"none", "null", ""}:
         return None
     try:
-        return plain_numbers(parse_yaml(text, f"{key}={text}"))
+        return parse_yaml(text, f"{key}={text}")
     except ValueError:
         if text.startswith(("{", "[")):  # meant as a mapping or a list
             raise

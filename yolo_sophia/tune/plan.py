@@ -19,7 +19,7 @@ from yolo_sophia.runs import plan as shared
 from yolo_sophia.runs.checks import DECIDED, check_values
 from yolo_sophia.runs.plan import Arm, BasePlan, Key
 from yolo_sophia.runs.run import Run, as_name, check_name, data_name
-from yolo_sophia.runs.words import plain_numbers, read, read_mapping
+from yolo_sophia.runs.words import read, read_mapping
 from yolo_sophia.search_space import (
     FORMS,
     Choice,
@@ -167,7 +167,7 @@ def parse(given: Sequence[str] | Mapping[str, Any]) -> TunePlan:
     (arm,) = shared.read_arms([str(own["optimizer"])], None)
     fixed = {**base["common"], **arm.arguments}
     if isinstance(own["space"], str):
-        own["space"] = plain_numbers(read_mapping("space", own["space"]))
+        own["space"] = read_mapping("space", own["space"])
     shared.check_arm(arm, base["common"])
     space = _space(own["space"], fixed)
     _check_samples(space, fixed)
