@@ -37,7 +37,7 @@ ALLOWED = {  # room -> rooms of this package that it may import
         "shapes",
         "integration",
     },
-    "search_space": set(),
+    "search_space": {"options"},
     "runs": {"options", "atomic", "presets", "yaml_io", "integration", "runs"},
     "report": {"atomic", "runs", "report"},
     "compare": {"options", "atomic", "presets", "integration", "runs", "report", "search_space", "tune", "compare"},

@@ -32,12 +32,13 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.data.build import build_yolo_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import DEFAULT_CFG
+from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT
 
 from yolo_sophia import cli
 from yolo_sophia.compare.plan import parse, runs
 from yolo_sophia.integration import recalibration
 from yolo_sophia.integration.recalibration import recalibrate_before_validation
+from yolo_sophia.integration.run_length import run_length
 from yolo_sophia.presets import load_preset
 from yolo_sophia.runs import scheduler, worker
 from yolo_sophia.runs.results import MAP50_95
@@ -472,6 +473,7 @@ def test_dry_run_writes_nothing(tiny_data, tiny_model, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     before, threads = snapshot(tiny_data.parent), torch.get_num_threads()
     words = [f"data={tiny_data}", f"model={tiny_model}", "imgsz=64", "batch=6", "nbs=12", "optimizers=SophiaG,AdamW"]
+    words.append("fraction=0.5")
     try:
         assert cli.main(["compare", *words, "epochs=7", "dry_run=True", "tune_trials=2"]) == 0
     finally:
@@ -482,7 +484,8 @@ def test_dry_run_writes_nothing(tiny_data, tiny_model, tmp_path, monkeypatch, ca
     assert "6 runs: arms SophiaG, AdamW (reference AdamW) x seeds [0, 1, 2]" in out
     assert "tuning: 4 trials" in out
     # 6 runs of 7 epochs and 4 trials of 2
-    assert "tiny: 16 images, 3 batches and about 1 optimizer steps an epoch, 10 trainings of 50 epochs" in out
+    steps = run_length({**DEFAULT_CFG_DICT, "batch": 6, "nbs": 12, "epochs": 7}, 8).steps
+    assert f"tiny: 8 images, 2 batches an epoch, {steps} optimizer steps in 7 epochs, 10 trainings of 50 epochs" in out
     assert "seeds: no two seeds of an arm and of the reference have finished here" in out
 
 

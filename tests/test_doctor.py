@@ -18,7 +18,8 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_sophia import cli
-from yolo_sophia.integration.doctor import Fact, examine, label_counts, run_length, table
+from yolo_sophia.integration import run_length
+from yolo_sophia.integration.doctor import Fact, examine, label_counts, table
 from yolo_sophia.integration.doctor.label_counts import count_labels
 from yolo_sophia.integration.doctor.setting_facts import safe_rate
 from yolo_sophia.integration.doctor.start_facts import near_names

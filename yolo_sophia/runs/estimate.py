@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 
@@ -10,9 +9,6 @@ from yolo_sophia.runs.checks import as_list
 from yolo_sophia.runs.plan import BasePlan
 from yolo_sophia.runs.progress import duration
 from yolo_sophia.runs.run import Run, data_name
-
-AUTO_BATCH = 16
-"""Batch that is measured where AutoBatch decides; Ultralytics takes it on a CPU."""
 
 
 def costs(plan: BasePlan, runs: Sequence[Run], workers: int) -> list[str]:
@@ -27,14 +23,14 @@ def costs(plan: BasePlan, runs: Sequence[Run], workers: int) -> list[str]:
         ValueError: A data set or the model is not there.
     """
     from yolo_sophia.integration.measure import count_images, measure_step
+    from yolo_sophia.integration.run_length import AUTO_BATCH, images_used, run_length
 
     images_of = {data: count_images(data) for data in plan.data}
     threads = plan.cpus or 1 if plan.engine == "ray" else max(1, (os.cpu_count() or 1) // workers)
     given = plan.common.get("batch") or AUTO_BATCH
     batch = int(given) if given >= 1 else AUTO_BATCH
-    first = {run.data: run.arguments for run in reversed(runs)}
+    first = {run.data: {**run.arguments, "batch": batch, "time": None} for run in reversed(runs)}
     sizes = {data: max(map(int, as_list(own.get("imgsz") or 640))) for data, own in first.items()}
-    accumulate = max(1, round(plan.common.get("nbs", 64) / batch))
     lines, seconds = [], {}
     for size in sorted(set(sizes.values())):
         seconds[size], parameters, gflops = measure_step(str(plan.common["model"]), batch, size, threads)
@@ -48,12 +44,13 @@ def costs(plan: BasePlan, runs: Sequence[Run], workers: int) -> list[str]:
         if not images:
             lines.append(f"{data_name(data)}: its images are not there yet; no estimate")
             continue
-        batches = math.ceil(images / batch)
+        images = images_used(images, first[data].get("fraction") or 1.0)
+        length = run_length(first[data], images)
         epochs = [int(run.arguments["epochs"]) for run in runs if run.data == data]
-        total += sum(epochs) * batches * seconds[sizes[data]]
+        total += sum(epochs) * length.batches * seconds[sizes[data]]
         lines.append(
-            f"{data_name(data)}: {images} images, {batches} batches and about {max(1, batches // accumulate)} "
-            f"optimizer steps an epoch, {len(epochs)} trainings of {sum(epochs)} epochs together"
+            f"{data_name(data)}: {images} images, {length.batches} batches an epoch, {length.steps} optimizer steps in "
+            f"{length.epochs} epochs, {len(epochs)} trainings of {sum(epochs)} epochs together"
         )
     disk = len(runs) * parameters * (2 + 2 + 2 + 12) / 1e9
     lines.append(

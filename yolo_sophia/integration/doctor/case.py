@@ -12,12 +12,12 @@ from yolo_sophia.integration import ultralytics_yaml
 from yolo_sophia.integration.arguments import KNOWN_KEYS, OUR_KEYS, canonical_optimizer
 from yolo_sophia.integration.auto_preset import choose_preset, optimizer_steps
 from yolo_sophia.integration.doctor.label_counts import TASKS, LabelCounts, count_labels
-from yolo_sophia.integration.doctor.run_length import RunLength, images_used, run_length
 from yolo_sophia.integration.doctor.start import Start, local_file, make_start
 from yolo_sophia.integration.explicit import MARKER, Record
 from yolo_sophia.integration.measure import image_files, read_data
 from yolo_sophia.integration.provenance import Provenance, listed_names, provenance_of
 from yolo_sophia.integration.resolution import Resolved, preview, resolve, validate_arguments
+from yolo_sophia.integration.run_length import RunLength, images_used, run_length
 from yolo_sophia.options import ALL, AUTO
 
 

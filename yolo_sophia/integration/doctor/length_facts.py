@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yolo_sophia.integration.arguments import own_of
 from yolo_sophia.integration.doctor.case import Case
 from yolo_sophia.integration.doctor.fact import Fact, plural
-from yolo_sophia.integration.doctor.run_length import RunLength, batch_size, device_count, run_length
+from yolo_sophia.integration.run_length import RunLength, batch_size, device_count, run_length
 
 FEW_STEPS = 300
 """Optimizer steps below which it is pointed out: the shortest whole schedules of docs/studies have 320 to 380."""

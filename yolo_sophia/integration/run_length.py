@@ -44,9 +44,12 @@ def run_length(arguments: Mapping[str, Any], images: int) -> RunLength | None:
     """Count the steps of a training; None where they are decided later, under `time=` or by AutoBatch on a GPU.
 
     Args:
-        arguments: All arguments of the training.
+        arguments: Arguments of the training; those that are not given have Ultralytics' defaults.
         images: Its training images, after `fraction`; at least one.
     """
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    arguments = {**DEFAULT_CFG_DICT, **arguments}
     batch, devices = batch_size(arguments), device_count(arguments)
     if arguments.get("time") or batch is None:
         return None
