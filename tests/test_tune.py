@@ -63,7 +63,7 @@ def plan(**changes: object) -> TunePlan:
 
 def test_defaults():
     made = plan()
-    assert dict(made.space) == {"lr0": Range(2e-4, 5e-3), "rho": Range(0.01, 1.0)}
+    assert dict(made.space) == {"lr0": Range(5e-5, 5e-3), "rho": Range(0.01, 1.0)}
     assert dict(made.start) == {key: load_preset("published").settings[key] for key in ("lr0", "rho")}
     assert (made.trials, made.sampler, made.pruner, made.prune_after) == (30, "tpe", "median", 1)
     assert (made.seeds, made.local_workers, made.study) == ((TRIAL_SEED,), 1, "SophiaG-bccd")
@@ -132,7 +132,7 @@ def test_a_trial_is_every_seed_on_every_data_set():
 
 def test_grid():
     made = plan(sampler="grid", grid_points=2, space="{'nbs': {choices: [16, 64]}}", rho=0.1)
-    assert made.grid() == [{"lr0": lr0, "nbs": nbs} for lr0 in (2e-4, 5e-3) for nbs in (16, 64)]
+    assert made.grid() == [{"lr0": lr0, "nbs": nbs} for lr0 in (5e-5, 5e-3) for nbs in (16, 64)]
     assert made.trials == 4
     assert plan(sampler="grid", trials=5).trials == 5
     whole = plan(sampler="grid", grid_points=5, lr0=0.1, rho=1, space="{'hessian_interval': [1, 2, 'int']}")
@@ -657,7 +657,7 @@ def test_a_report_of_little(score, tuned):
 @pytest.mark.compat
 def test_a_space_for_the_genetic_tuner_keeps_rho_above_zero(tiny_run):
     space = tune_space("SophiaG", space={"rho": [1e-5, 1.0, "log"], "hessian_interval": [2, 20, "int"]})
-    assert space == {"lr0": (2e-4, 5e-3), "rho": (1e-5, 1.0), "hessian_interval": (2, 20)}
+    assert space == {"lr0": (5e-5, 5e-3), "rho": (1e-5, 1.0), "hessian_interval": (2, 20)}
     tuner = Tuner({**tiny_run, "optimizer": "SophiaG", "space": dict(space)})
     tuner.args.rho = 1e-9  # below the space, as a run before it may have had
     for _ in range(3):
@@ -697,7 +697,7 @@ def test_a_space_for_ray(monkeypatch):
     space = tune_space("SophiaG", ray=True, space=extra)
     assert space.keys() == {"lr0", *extra}
     samples = [{key: domain.sample() for key, domain in space.items()} for _ in range(200)]
-    for key, (low, high) in {"lr0": (2e-4, 5e-3), "rho": (1e-7, 1.0), "beta2": (0.8, 0.9)}.items():
+    for key, (low, high) in {"lr0": (5e-5, 5e-3), "rho": (1e-7, 1.0), "beta2": (0.8, 0.9)}.items():
         assert all(low <= sample[key] <= high for sample in samples)
     assert sum(sample["rho"] < 1e-3 for sample in samples) > 50  # logarithmic
     assert {sample["hessian_interval"] for sample in samples} <= set(range(1, 21))

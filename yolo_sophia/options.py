@@ -204,7 +204,7 @@ OPTIONS: Mapping[str, Option] = _by_name(
 ULTRALYTICS_ARGS: Mapping[str, Option] = _by_name(
     # `auto` is valid in a preset only: Ultralytics takes numbers.
     Option(
-        "lr0", float, "Initial learning rate. `auto` is for presets.", low=0, high=1, words=(AUTO,), search=(2e-4, 5e-3)
+        "lr0", float, "Initial learning rate. `auto` is for presets.", low=0, high=1, words=(AUTO,), search=(5e-5, 5e-3)
     ),
     Option("lrf", float, "Final learning rate over the initial one.", low=0, high=1),
     Option("momentum", float, "Decay of m per step (beta1).", low=0, high=1, ends="[)"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -99,7 +100,7 @@ def _parse(content: Any, path: Path) -> Preset:
                 warnings.warn(f"Preset {path}: {key} is now {name}={value}; rename it.", FutureWarning, stacklevel=3)
             if name in settings:
                 raise ValueError(f"found {key!r} and {name!r}, which are the same setting; remove one.")
-            settings[name] = ALL[name].check(value)
+            settings[name] = ALL[name].check(_number(name, value))
         except (TypeError, ValueError) as error:
             raise refuse(str(error)) from None
         origins[name] = origin
@@ -110,3 +111,11 @@ def _parse(content: Any, path: Path) -> Preset:
         settings=MappingProxyType(settings),
         origins=MappingProxyType(origins),
     )
+
+
+def _number(key: str, value: Any) -> Any:
+    """Read a number in quotes."""
+    if isinstance(value, str) and ALL[key].kind is float:
+        with suppress(ValueError):
+            return float(value)
+    return value

@@ -119,7 +119,7 @@ def _of_options(*names: str) -> dict[str, Dimension]:
 
 
 _SOPHIA = _of_options("lr0", "rho")
-_ADAM = {"lr0": Range(2e-4, 1e-2), "weight_decay": Range(1e-5, 1e-1)}
+_ADAM = {"lr0": Range(5e-5, 1e-2), "weight_decay": Range(1e-5, 1e-1)}
 SPACES: Mapping[str, Mapping[str, Dimension]] = MappingProxyType(
     {
         "sophiag": _SOPHIA,
