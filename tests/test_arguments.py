@@ -46,6 +46,7 @@ EXAMPLES = {  # a value in range for each argument, neither Ultralytics' default
     "hessian_fraction": 0.6,
     "hessian_estimator": "empirical_fisher",
     "beta2": 0.77,
+    "fused": False,
     "lr0": 0.00321,
     "lrf": 0.5,
     "momentum": 0.81,
@@ -609,7 +610,7 @@ def test_shipped_preset(name):
     assert preset.status in {"provisional", "published", "studied"}
     assert preset.description
     assert preset.settings.keys() == preset.origins.keys()
-    unused = {"clip_fraction"} if preset.settings["rho"] != "auto" else set()
+    unused = {"fused"} | ({"clip_fraction"} if preset.settings["rho"] != "auto" else set())
     assert OPTIONS.keys() - unused <= preset.settings.keys()
     assert {"lr0", "momentum", "weight_decay", "warmup_bias_lr"} <= preset.settings.keys()
     assert load_preset(str(preset_directory() / f"{name}.yaml")) == preset

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_lr_factors import built
 from torch import Tensor
 from torch.nn import Parameter
+from ultralytics.nn.tasks import DetectionModel
 
+from yolo_sophia.integration.explicit import MARKER
 from yolo_sophia.optim import SophiaG, SophiaH, _fused
 from yolo_sophia.optim._fused import reason_against, uses_triton
 
@@ -180,6 +183,31 @@ def test_not_on_a_cpu():
 def test_fused_and_foreach_cannot_both_be_true(kind):
     with pytest.raises(ValueError, match=r"Invalid fused: found True, expected .* foreach=True"):
         kind([Parameter(torch.ones(2))], fused=True, foreach=True)
+
+
+# `yolo train fused=...`
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        ({"fused": "AUTO"}, None),
+        ({"fused": False}, False),
+        ({"fused": True}, RuntimeError),
+        ({"fused": True, "resume": True, MARKER: "detect-scratch:fused"}, None),  # on another machine
+    ],
+    ids=str,
+)
+def test_the_argument(given, expected, tiny_model, tmp_path):
+    model = DetectionModel(str(tiny_model), nc=6, verbose=False)
+    if expected is RuntimeError:
+        with pytest.raises(RuntimeError, match="fused=True: found parameters on 'cpu', expected 'cuda'"):
+            built(model, tmp_path, "SophiaG", **given)
+    else:
+        optimizer, *_ = built(model, tmp_path, "SophiaG", **given)
+        assert {group["fused"] for group in optimizer.param_groups} == {expected}
 
 
 # What a state holds

@@ -62,7 +62,7 @@ class Option:
     def expected(self) -> str:
         """The valid values in words, for messages and documentation."""
         if self.kind is bool:
-            return "True or False"
+            return f"True, False or {' or '.join(self.words)}" if self.words else "True or False"
         if self.kind is dict:
             return FACTORS
         if self.choices:
@@ -198,6 +198,14 @@ OPTIONS: Mapping[str, Option] = _by_name(
         False,
     ),
     Option("beta2", float, "Decay of h per Hessian update.", 0.99, low=0, high=1, ends="[)"),
+    Option(
+        "fused",
+        bool,
+        "Step with one Triton kernel: by default on CUDA where it can be used, else with multi-tensor kernels. "
+        "`True`: an error where it cannot.",
+        AUTO,
+        words=(AUTO,),
+    ),
 )
 """Sophia's own arguments. The defaults are those of arXiv 2305.14342 and its code."""
 
@@ -243,7 +251,8 @@ RENAMED: Mapping[str, tuple[str, type, Callable[[Any], Any]]] = MappingProxyType
 def keys(kind: str) -> set[str]:
     """Names of the options that Ultralytics' configuration checks as "fraction", "int" or "bool"."""
     kinds = {"int": int, "bool": bool}
-    return {name for name, o in OPTIONS.items() if (o.is_fraction if kind == "fraction" else o.kind is kinds[kind])}
+    found = {name for name, o in OPTIONS.items() if (o.is_fraction if kind == "fraction" else o.kind is kinds[kind])}
+    return {name for name in found if not OPTIONS[name].words}
 
 
 def renamed(name: str, value: Any) -> tuple[str, Any]:

@@ -50,6 +50,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
 
     Raises:
         NotImplementedError: SophiaH is selected where a loss cannot be differentiated twice.
+        RuntimeError: fused=True, and the kernel cannot be used here.
     """
     previous = vars(trainer).pop("_sophia", None)
     if previous is not None:  # an out-of-memory restart of Ultralytics < 8.4 builds its optimizer again
@@ -70,6 +71,7 @@ def build_sophia(trainer: BaseTrainer, original: Callable, call: dict[str, Any])
         weight_decay=0.0,
         bias_correction=True,
         hessian_average=None if values["hessian_average"] == "element" else values["hessian_average"],
+        fused=None if values["fused"] == AUTO or (values["fused"] and trainer.args.resume) else values["fused"],
         **{name: values[name] for name in STEP_OPTIONS},
     )
     if resolved.sources["bn_momentum"] != "default":  # its default is what Ultralytics' models have by themselves

@@ -46,10 +46,9 @@ SHARED_DOCS = {
         hessian_average: {OPTIONS["hessian_average"].doc} Estimates are averaged before they enter h, for every
             parameter of more than 2 (kernel) or 1 (row) dimensions. None (element) in the official release.
         foreach: Use multi-tensor kernels, or (False) one tensor after the other; None chooses by device.
-        fused: Step all parameters with one kernel (Triton, CUDA); RuntimeError where it cannot be used. False never
-            does. None does on CUDA where the kernel can be used and `foreach` is None. A GradScaler then calls `step`
-            without waiting for its check of the gradients; trainers that refuse such optimizers together with a clip
-            of the gradient need False.""",
+        fused: {OPTIONS["fused"].doc} Not by default where `foreach` is given.
+            A GradScaler then calls `step` without waiting for its check of the gradients; trainers that refuse such
+            optimizers together with a clip of the gradient need False.""",
     "cautious": f"cautious: {OPTIONS['cautious'].doc}",
     "step_options": "\n        ".join(
         f"{name}: {OPTIONS[name].doc} {OPTIONS[name].default} in the official release." for name in STEP_OPTIONS
