@@ -94,8 +94,7 @@ def _with_words(name: str, words: Sequence[str]) -> int:
 def status(check: bool = False) -> int:
     """Print versions, the state of the autoload and of every patch; 1 where something does not fit.
 
-    Args:
-        check: Whether to try the installed Ultralytics with tiny trainings as well.
+    With `check`, tiny trainings try the installed Ultralytics as well.
     """
     versions = {name: _version(name) for name in ("ultralytics", "torch")}
     print(f"yolo-sophia {__version__}, Python {sys.version.split()[0]}")
@@ -135,9 +134,6 @@ Takes every argument of yolo train. Reads and counts; trains, downloads and writ
 
 def doctor(words: Sequence[str]) -> int:
     """Print the facts about a training that has not begun; 1 under `--strict` where one deserves a look.
-
-    Args:
-        words: `key=value` words as for `yolo train`, `--strict` and `--json`.
 
     Raises:
         ValueError: As `yolo train` would; or data or model is missing.

@@ -47,11 +47,7 @@ _Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?\d+(\.\d*)?[eE][
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Read YAML.
-
-    Args:
-        text: The YAML.
-        where: What it is, for messages.
+    """Read YAML; `where` says what it is, for messages.
 
     Raises:
         ValueError: It is malformed, or more than `MOST`, or more than plain values.
@@ -95,11 +91,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, i
 
 
 def read_yaml(path: Path, where: str) -> Any:
-    """Read a YAML file that is there.
-
-    Args:
-        path: The file.
-        where: What it is, for messages.
+    """Read a YAML file that is there; `where` says what it is, for messages.
 
     Raises:
         ValueError: As `parse_yaml`; or the file is too large, cannot be read, or is not UTF-8.

@@ -74,12 +74,7 @@ def finish(
 ) -> int:
     """Write the report and name the runs that did not finish; 0 when all did, else 1.
 
-    Args:
-        plan: The plan.
-        ordered: Its runs.
-        progress: Their states.
-        searches: The record of the tuning.
-        coco: COCO metrics by run key, for the report.
+    `ordered`, `progress` and `searches` are what `train` returns; `coco` has COCO metrics by run key.
     """
     from yolo_sophia.compare.report import write_report
 

@@ -179,12 +179,7 @@ def compute(
 ) -> ComparisonResult:
     """Compute all statistics of a comparison, whatever the state of its runs.
 
-    Args:
-        plan: The plan.
-        results: The runs that have a record.
-        searches: What tuning tried.
-        coco: COCO metrics by the key of their run.
-        preflight: What was known before the trainings.
+    `results` are the runs that have a record; the other arguments are fields of `ComparisonResult`.
 
     Raises:
         ValueError: A result belongs to an arm or a data set that the plan lacks.

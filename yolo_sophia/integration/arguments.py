@@ -269,14 +269,10 @@ def remove_for_other(arguments: dict[str, Any], record: Record | None, explicit:
 
 
 def refuse_for_others(keys: Iterable[str], optimizer: object) -> None:
-    """Refuse Sophia's arguments in a run with another optimizer.
-
-    Args:
-        keys: The explicit arguments.
-        optimizer: The run's optimizer.
+    """Refuse explicit arguments of Sophia in a run with another optimizer.
 
     Raises:
-        ValueError: One of our arguments is among them.
+        ValueError: One of our arguments is among `keys`.
     """
     if found := sorted(set(keys) & set(OUR_KEYS)):
         shared = " An optimizer given by a dotted path, as torch.optim.AdamW, takes them too."

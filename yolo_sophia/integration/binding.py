@@ -7,12 +7,9 @@ from typing import Any
 
 
 class Binding:
-    """A method of an object that is wrapped on the instance.
+    """The method `name` of an object, wrapped on the instance.
 
-    Args:
-        owner: The object.
-        name: Name of the method.
-        replacement: Called with the original method and the arguments of a call.
+    `replacement` is called with the original method and the arguments of a call.
     """
 
     def __init__(self, owner: Any, name: str, replacement: Callable):

@@ -208,9 +208,7 @@ def _flat(x: Tensor) -> Tensor:
 def separate_loader(loader: Any, seed: int) -> Iterable[dict[str, Any]]:
     """A loader like a training's, with its data set and augmentation, that shares no state with it.
 
-    Args:
-        loader: The training's loader.
-        seed: Of the order of the images.
+    The seed is that of the order of the images.
     """
     dataset = separate_dataset(loader.dataset)
     return DataLoader(

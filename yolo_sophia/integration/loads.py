@@ -79,12 +79,7 @@ def record_of(model: nn.Module) -> LoadRecord:
 def recorded_load(original: Callable, model: nn.Module, weights: Any, *args: Any, **kwargs: Any) -> Any:
     """Call `BaseModel.load` and record what it copied.
 
-    Args:
-        original: The method.
-        model: The module that loads.
-        weights: A module, or a checkpoint with modules under `ema` or `model`.
-        *args: Further arguments of the method.
-        **kwargs: Further arguments of the method.
+    `weights` is a module, or a checkpoint with modules under `ema` or `model`.
     """
     candidates = [weights.get("ema"), weights.get("model")] if isinstance(weights, dict) else [weights]
     sources = [module for module in candidates if isinstance(module, nn.Module)]
@@ -101,13 +96,9 @@ def recorded_load(original: Callable, model: nn.Module, weights: Any, *args: Any
 
 
 def _record(model: nn.Module, source: nn.Module, base: LoadRecord, before: Mapping[str, tuple]) -> LoadRecord:
-    """The record after a load.
+    """The record of a model that has loaded from `source`.
 
-    Args:
-        model: The module that has loaded.
-        source: The module that it loaded from.
-        base: Its record before.
-        before: By parameter name, the parameter before the load, and its values where they help.
+    `base` is its record before. `before` has, by name, each parameter before the load, and its values where they help.
     """
     origin, theirs = record_of(source), dict(source.named_parameters())
     new: dict[str, Rows] = {}

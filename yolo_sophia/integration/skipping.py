@@ -13,11 +13,7 @@ from yolo_sophia.optim._schedule import is_report_due
 
 
 class Skipping:
-    """What a GradScaler does, also where it is disabled: Inf would stay in m, and Sophia's clip would hide it.
-
-    Args:
-        optimizer: The trainer's optimizer.
-    """
+    """What a GradScaler does, also where it is disabled: Inf would stay in m, and Sophia's clip would hide it."""
 
     def __init__(self, optimizer: SophiaBase):
         self._optimizer = optimizer

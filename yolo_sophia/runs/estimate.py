@@ -12,12 +12,7 @@ from yolo_sophia.runs.run import Run, data_name
 
 
 def costs(plan: BasePlan, runs: Sequence[Run], workers: int) -> list[str]:
-    """Time and disk that trainings of a plan will take, from one measured step; a line per fact.
-
-    Args:
-        plan: The plan.
-        runs: The trainings.
-        workers: How many run side by side.
+    """Time and disk that trainings of a plan will take with this many side by side; a line per fact.
 
     Raises:
         ValueError: A data set or the model is not there.

@@ -10,9 +10,7 @@ from yolo_sophia.runs.scheduler import Executor
 def make_executor(plan: BasePlan, *, queue_all: bool = True) -> tuple[Executor, int]:
     """The executor of a plan, and how many trainings it runs side by side.
 
-    Args:
-        plan: The plan.
-        queue_all: Whether a Ray cluster gets all trainings at once.
+    With `queue_all`, a Ray cluster gets all trainings at once.
 
     Raises:
         ValueError: Ray is not installed, or no node has room for a training.

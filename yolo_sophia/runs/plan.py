@@ -314,10 +314,8 @@ def to_yaml(content: Mapping[str, Any], common: Mapping[str, Any]) -> str:
 def plain(value: Any, *, words: bool = True) -> Any:
     """A value in the types of YAML.
 
-    Args:
-        value: The value.
-        words: Write a tuple, which a word such as `classes=0,3` gives, as that word; otherwise as a list, which is what
-            the file can hold inside `optimizer_args`.
+    With `words`, a tuple, which a word such as `classes=0,3` gives, is written as that word; otherwise as a list, which
+    is what the file can hold inside `optimizer_args`.
     """
     if isinstance(value, Mapping):
         return {key: plain(item, words=words and key != "optimizer_args") for key, item in value.items()}

@@ -58,11 +58,7 @@ def read_curve(folder: Path) -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """Counts steps, images and training seconds, and writes a line per epoch.
-
-    Args:
-        folder: The run's folder.
-    """
+    """Counts steps, images and training seconds, and writes a line per epoch into the run's folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -29,14 +29,7 @@ class BestSettings:
 
 
 def best_settings(plan: TunePlan, settings: Mapping[str, Any], value: float, trials: int) -> BestSettings:
-    """The best settings of a study.
-
-    Args:
-        plan: The plan.
-        settings: What the best trial searched.
-        value: Its mAP50-95.
-        trials: Trials that the study has begun.
-    """
+    """The best settings of a study: those of its best trial, with mAP50-95 `value`, of `trials` that were begun."""
     from yolo_sophia.integration.arguments import canonical_optimizer
 
     settings = current_names(with_settings(by_part(plan.fixed, settings), as_arguments(settings)))

@@ -50,12 +50,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def check_packages(sampler: str, what: str = "tune", extra: str = "tune") -> None:
-    """Refuse a study whose packages are not installed.
-
-    Args:
-        sampler: The plan's sampler.
-        what: The command that needs them, for the message.
-        extra: The extra of this package that has them.
+    """Refuse a study whose packages are not installed; `what` needs them, and the extra `extra` installs them.
 
     Raises:
         ValueError: One is missing, or too old.
@@ -74,11 +69,8 @@ def check_packages(sampler: str, what: str = "tune", extra: str = "tune") -> Non
 def run_study(plan: TunePlan, title: str = "tune", *, standalone: bool = False) -> View:
     """Train the trials of a study that are missing; returns the study as it stands then.
 
-    Args:
-        plan: The plan.
-        title: Title of the progress display.
-        standalone: Whether the plan is saved, and a report written after an interrupt. Otherwise the study is part of
-            a comparison, and returns when the trials of other processes have ended as well.
+    A `standalone` study saves its plan, and writes a report after an interrupt. Any other is part of a comparison, and
+    returns when the trials of other processes have ended as well.
 
     Raises:
         ValueError: The storage cannot be opened, or it holds another study under this name.
@@ -110,11 +102,8 @@ def train_trials(
 ) -> None:
     """Train trials until none is left to begin; other processes may take part in the study.
 
-    Args:
-        study: The study.
-        executor: Where the trainings run.
-        show: Called about twice a second with the state of all trials.
-        wait: Whether to return only when the trials of other processes have ended as well.
+    `show` is called about twice a second with the state of all trials. With `wait`, the trials of other processes have
+    ended as well on return.
     """
     from yolo_sophia.tune.objective import TrialQueue
 

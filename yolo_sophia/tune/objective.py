@@ -28,9 +28,7 @@ RETRY = 2.0
 class TrialQueue:
     """Trials of a study as a `Queue` of the scheduler: the trainings of a trial follow each other.
 
-    Args:
-        study: The study.
-        wait: Whether it is done only when the trials of other processes have ended as well.
+    With `wait`, it is done only when the trials of other processes have ended as well.
     """
 
     def __init__(self, study: SharedStudy, *, wait: bool = False):

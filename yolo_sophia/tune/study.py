@@ -63,9 +63,6 @@ class Claim:
 class SharedStudy:
     """A study as this process sees it; `study` is Optuna's.
 
-    Args:
-        plan: The plan.
-
     Raises:
         ValueError: The storage cannot be opened, or it holds another study under this name.
     """

@@ -72,9 +72,6 @@ class HeadRecorder(Recorder):
 
     The trainer of every version calls `model.loss`, with or without predictions. Its value is that of this process,
     before the trainer multiplies it by the number of processes.
-
-    Args:
-        owner: The model.
     """
 
     recorded_callables = ("loss",)
