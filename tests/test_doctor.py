@@ -114,7 +114,7 @@ def test_steps_and_warmup_are_those_of_a_training(tiny_run, small_model, given):
     assert warmup.get("batches", 0) == counted["warmup_batches"]
     assert warmup.get("steps", 0) == counted["warmup_steps"]
     assert found["images"].values["train"] == len(dataset)
-    labels = count_labels([str(file) for file in dataset.im_files], "detect", 6, (), False)
+    labels = count_labels(tuple(map(str, dataset.im_files)), "detect", 6, (), False)
     classes = np.concatenate([label["cls"].flatten() for label in dataset.labels]).astype(int)
     assert labels.boxes == Counter(classes.tolist())
 
@@ -210,9 +210,9 @@ def test_a_rare_class_can_be_left_out(make, tiny_model):
 
 def test_many_labels_are_sampled(make, tiny_model, monkeypatch):
     monkeypatch.setattr(label_counts, "MOST", 10)
-    label_counts._count.cache_clear()
+    count_labels.cache_clear()
     found = facts(data=make([BOX.format(0)] * 40, [BOX.format(0)]), model=str(tiny_model))
-    label_counts._count.cache_clear()
+    count_labels.cache_clear()
     few = found["classes with few labels"]
     assert few.values["read"] == 10 and few.values["objects"] == 40
     assert "in a sample of 10 of 40 label files" in few.figure

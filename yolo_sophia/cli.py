@@ -33,13 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.set_defaults(run=run)
         return command
 
-    found = add("status", lambda a: status(a.check), "print versions, autoload, patches, and the optimizer's file")
-    found.add_argument("--check", action="store_true", help="also train for half a minute, to check that it all works")
+    found = add("status", lambda a: status(a.check), "print versions, whether the hooks are active, and every patch")
+    found.add_argument(
+        "--check", action="store_true", help="also run tiny trainings with the installed Ultralytics (half a minute)"
+    )
     found = add("presets", lambda a: presets(a.preset), "list the presets, or print one with the origin of each number")
     found.add_argument("preset", nargs="?", help="name of a preset or path of a YAML file")
     found = add("path", lambda a: path(a.name), "print the path of a bundled file, or list all")
-    found.add_argument("name", nargs="?", help="such as data/shapes.yaml: yolo train data=$(yolo-sophia path ...)")
-    commands.add_parser("doctor", help="check a training before it begins: data, steps, rates; trains nothing")
+    found.add_argument("name", nargs="?", help="name of the file, such as data/shapes.yaml")
+    commands.add_parser("doctor", help="check data, steps and rates of a training before it begins")
     commands.add_parser("compare", help="compare optimizers on your data")
     commands.add_parser("tune", help="search an optimizer's settings on your data")
     with contextlib.suppress(AttributeError):  # not every stream has it
@@ -126,10 +128,10 @@ def status(check: bool = False) -> int:
 DOCTOR = """\
 yolo-sophia doctor data=my.yaml model=yolov8n.pt epochs=50 optimizer=AdamW
 
-  --strict        exit code 1 where a fact deserves a look
-  --json          the same facts as JSON
+  --strict        exit code 1 if any line says `look`
+  --json          print the same facts as JSON
 
-Takes every argument of yolo train. Reads and counts; trains, downloads and writes nothing."""
+Every argument of `yolo train` is accepted. Nothing is trained, downloaded or written."""
 
 
 def doctor(words: Sequence[str]) -> int:
@@ -186,7 +188,7 @@ def presets(name: str | None) -> int:
 
     if name is None:
         for preset in map(load_preset, preset_names()):
-            print(f"{preset.name:<12} {preset.status:<12} {preset.description}")
+            print(f"{preset.name:<16} {preset.status:<12} {preset.description}")
         return 0
     preset = load_preset(name)
     print(f"{preset.name} ({preset.status}): {preset.description}")

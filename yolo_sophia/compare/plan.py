@@ -44,9 +44,12 @@ class Plan(BasePlan):
 KEYS: Mapping[str, Key] = MappingProxyType(
     {
         "plan": Key("YAML file with these keys, `arms`, and any Ultralytics argument"),
-        "data": Key("data YAML, or several separated by commas; in a plan file also a mapping to own epochs and imgsz"),
-        "optimizers": Key("arms by name: optimizers, dotted paths, or ready-made arms"),
-        "arms": Key("in a plan file: arm names with their own arguments"),
+        "data": Key("data YAML, or several separated by commas; a plan file can give each its epochs and imgsz"),
+        "optimizers": Key(
+            "optimizers to compare: names, dotted paths such as torch.optim.Adagrad, or ready-made arms: "
+            + ", ".join(shared.READY_MADE)
+        ),
+        "arms": Key("in a plan file: names of arms (optimizers with their settings), each with arguments of its own"),
         "seeds": Key("number of seeds, or a list of them (default: 3)", 3),
         "reference": Key("arm that the others are compared with (default: AdamW, else the second arm)"),
         "target": Key(
@@ -55,18 +58,20 @@ KEYS: Mapping[str, Key] = MappingProxyType(
             lambda v: is_number(v) and 0 < v < 1,
             "a number between 0 and 1",
         ),
-        "horizons": Key("fractions of the epochs that full schedules are planned for (default: 1.0)", (1.0,)),
+        "horizons": Key(
+            "fractions of the epochs; every arm is trained with a full schedule of each length (default: 1.0)", (1.0,)
+        ),
         "tune_trials": shared.int_key(
             "trials of `yolo-sophia tune` for every arm before the comparison (default: 0)", 0, 0, 10_000
         ),
         "tune_epochs": shared.int_key("epochs of a trial (default: a third of the run's)"),
         "cut_runs": shared.choice_key(
             ("resume", "restart"),
-            "what happens to an interrupted run: resume (from its last checkpoint) or restart (then the results are "
-            "those of an uninterrupted comparison, which Ultralytics' resume does not give)",
+            "what happens to an interrupted run: resume from its last checkpoint, or restart, which gives the results "
+            "of an uninterrupted comparison",
         ),
         **shared.RUN_KEYS,
-        "dry_run": shared.bool_key("print the plan and an estimate from one measured step, run nothing"),
+        "dry_run": shared.bool_key("print the plan and its cost, estimated from one measured step; run nothing"),
     }
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from types import MappingProxyType
 from typing import Any
 
@@ -105,20 +106,21 @@ RUN_KEYS: Mapping[str, Key] = MappingProxyType(
         ),
         "engine": choice_key(
             ("local", "ray"),
-            "local, or ray: an existing Ray cluster (RAY_ADDRESS, else this machine's) whose nodes all see `out`",
+            "local, or ray: an existing Ray cluster (RAY_ADDRESS, else this machine's); its nodes must share the "
+            "folder of results",
         ),
-        "workers": int_key("trainings side by side (default: one per device, else 1)", high=1024),
-        "devices": Key("GPU numbers to spread the workers over (default: CPU)", ()),
+        "workers": int_key("number of parallel trainings (default: one per device, else 1)", high=1024),
+        "devices": Key("GPU numbers that the trainings are spread over (default: CPU)", ()),
         "cpus": int_key("engine=ray: processors and threads of a training (default: 1)"),
         "gpus": Key(
-            "engine=ray: GPUs of a training, 0.5 for two on one GPU (default: 0, the CPU)",
+            "engine=ray: GPUs of a training; 0.5 runs two on one GPU (default: 0, the CPU)",
             None,
             lambda v: is_number(v) and 0 <= v <= 1,
             "a number from 0 to 1",
         ),
         "project": path_key("folder that holds the folder of results"),
         "name": path_key("name of the folder of results in `project`"),
-        "out": path_key("the folder of results itself, in place of project/name"),
+        "out": path_key("path of the folder of results, instead of project and name"),
     }
 )
 """Keys of every plan on how and where its trainings run."""
@@ -301,8 +303,10 @@ def check_data(plan: BasePlan) -> None:
 
 
 def describe_keys(example: str, keys: Mapping[str, Key], rest: str) -> str:
-    """The help of a command: an example, a line per key, and what else is accepted."""
-    return "\n".join([example, "", *(f"  {key:<15} {spec.meaning}" for key, spec in keys.items()), "", rest])
+    """The help of a command: an example, the keys with their meanings, and what else is accepted."""
+    layout = {"width": 100, "subsequent_indent": " " * 18, "break_on_hyphens": False}
+    lines = [fill(f"  {key:<15} {spec.meaning}", **layout) for key, spec in keys.items()]
+    return "\n".join([example, "", *lines, "", rest])
 
 
 def to_yaml(content: Mapping[str, Any], common: Mapping[str, Any]) -> str:

@@ -40,25 +40,25 @@ MAX_GRID = 1000
 KEYS: Mapping[str, Key] = MappingProxyType(
     {
         "plan": Key("YAML file with these keys and any Ultralytics argument"),
-        "data": Key("data YAML, or several separated by commas: then the mean counts"),
-        "optimizer": Key("optimizer to tune: a name, a dotted path, or a ready-made arm (default: SophiaG)", "SophiaG"),
-        "trials": shared.int_key("trials of the study in total, those of earlier calls included (default: 30)", 30),
+        "data": Key("data YAML, or several separated by commas: a trial's score is the mean over them"),
+        "optimizer": Key("optimizer to tune: a name or a dotted path such as torch.optim.Adagrad", "SophiaG"),
+        "trials": shared.int_key("number of trials of the study, earlier calls included (default: 30)", 30),
         "space": Key(
-            "search space beside or instead of the optimizer's own: a mapping or a YAML file; an argument with a fixed "
-            "value is not searched"
+            "arguments to search, in addition to the optimizer's default space: a mapping or a YAML file; an argument "
+            "with a value is not searched"
         ),
         "seeds": Key(
-            f"number of seeds that a trial's score is the mean over, or a list of them (default: 1, which is "
+            f"number of seeds, or a list of them; a trial's score is the mean over them (default: one, "
             f"{shared.TRIAL_SEED})",
             1,
         ),
-        "sampler": shared.choice_key(SAMPLERS, "what proposes settings: tpe (default), random, cmaes or grid"),
+        "sampler": shared.choice_key(SAMPLERS, "how settings are proposed: tpe (default), random, cmaes or grid"),
         "grid_points": shared.int_key("sampler=grid: values of each range (default: 3)", 3, 2),
         "pruner": shared.choice_key(
             PRUNERS,
-            "what stops trials that fall behind, by mAP50-95 after each epoch: median (default), hyperband or none",
+            "how trials with a low mAP50-95 are stopped early: median (default), hyperband or none",
         ),
-        "prune_after": shared.int_key("epochs before which no trial is stopped (default: a quarter of a trial's)"),
+        "prune_after": shared.int_key("epochs before which no trial is stopped (default: a quarter of a trial)"),
         **shared.RUN_KEYS,
         "storage": shared.path_key(
             "Optuna storage: a URL, or the path of an SQLite file (default: study.db in the folder of results); "

@@ -86,8 +86,8 @@ class Case:
     def labels(self, split: str) -> LabelCounts:
         """The labels of a split."""
         single = bool(self.arguments.get("single_cls"))
-        points = self.content.get("kpt_shape") or ()
-        return count_labels(self.files[split], self.start.task, len(self.names), points, single)
+        points = tuple(self.content.get("kpt_shape") or ())
+        return count_labels(tuple(self.files[split]), self.start.task, len(self.names), points, single)
 
 
 def class_names(content: Mapping[str, Any]) -> tuple[str, ...]:

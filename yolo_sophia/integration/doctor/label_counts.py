@@ -42,7 +42,8 @@ class LabelCounts:
         return self.images / self.read if self.read else 1.0
 
 
-def count_labels(files: Sequence[str], task: str, names: int, points: Sequence[int], single: bool) -> LabelCounts:
+@lru_cache(maxsize=8)
+def count_labels(files: tuple[str, ...], task: str, names: int, points: tuple[int, ...], single: bool) -> LabelCounts:
     """Read the labels of images.
 
     Ultralytics' own check decides what a valid label file is. It is given a stand-in image: images are not opened, and
@@ -55,11 +56,6 @@ def count_labels(files: Sequence[str], task: str, names: int, points: Sequence[i
         points: Number of keypoints and of values for each, for "pose".
         single: Whether all classes are one, `single_cls=True`.
     """
-    return _count(tuple(files), task, names, tuple(points), single)
-
-
-@lru_cache(maxsize=8)
-def _count(files: tuple[str, ...], task: str, names: int, points: tuple[int, ...], single: bool) -> LabelCounts:
     chosen = files if len(files) <= MOST else random.Random(0).sample(files, MOST)
     if task == "classify":
         folders = sorted({Path(file).parent.name for file in files})
