@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_update import assert_close, laid_out
+from test_update import train as train_steps
 from tiny_models import batch_of, build
 from torch import Generator, Tensor
 from torch.nn import Parameter
@@ -26,10 +27,12 @@ from yolo_sophia import install
 from yolo_sophia.curvature import EmpiricalFisher, GaussNewtonBartlett
 from yolo_sophia.integration.criteria import recorder_for
 from yolo_sophia.optim import SophiaG, SophiaH
+from yolo_sophia.optim._fused import reason_against, uses_triton
 from yolo_sophia.optim._step import choose_step, foreach_step
 
 DEVICE = torch.device(os.environ.get("YOLO_SOPHIA_TEST_DEVICE", "cuda:0"))
 GPU = DEVICE.type == "cuda"
+TWO_WAYS = ({"fused": True}, {"foreach": False})
 STEPS = 100
 SHAPES = [(300,), (), (7,), (0, 3), (2, 8, 3, 3), (16, 4, 3, 3), (5, 6), (40, 20), (1025,), (3, 1, 7, 7)]
 
@@ -83,19 +86,65 @@ def steps(**settings) -> list[Tensor]:
 @pytest.mark.parametrize(
     "settings", [{}, {"cautious": True}, {"hessian_power": 0.5}, {"hessian_average": "kernel"}], ids=str
 )
-def test_multi_tensor_kernels_equal_the_single_tensor_step(settings):
-    found, expected = steps(foreach=True, **settings), steps(foreach=False, **settings)
+@pytest.mark.parametrize("way", [{"foreach": True}, pytest.param({"fused": True}, marks=counts_on_the_gpu)], ids=str)
+def test_kernels_equal_the_single_tensor_step(settings, way):
+    found, expected = steps(**way, **settings), steps(foreach=False, **settings)
     assert_close(found, expected)
     assert all(a.device.type == DEVICE.type and a.dtype == b.dtype for a, b in zip(found, expected))
 
 
 @counts_on_the_gpu
-def test_the_default_is_foreach():
-    assert choose_step({"foreach": None}, [Parameter(torch.ones(2, device=DEVICE))]) is foreach_step
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_triton_rounds_as_the_single_tensor_step(dtype):
+    found, expected = (train_steps(dtype=dtype, device=DEVICE, steps=100, **way) for way in TWO_WAYS)
+    assert_close(found, expected)
 
 
 @counts_on_the_gpu
-@pytest.mark.parametrize("settings", [{}, {"rho": "auto", "betas": (0.1, 0.9)}], ids=str)
+def test_the_default_is_triton():
+    params = [Parameter(torch.ones(2, device=DEVICE))]
+    assert reason_against(DEVICE) is None
+    assert uses_triton({"fused": None, "foreach": None}, params)
+    assert choose_step({"foreach": None}, params) is foreach_step
+
+
+@counts_on_the_gpu
+def test_tables_are_not_overwritten_before_they_are_read():
+    """The host is many steps ahead of the device, each with other gradients and another lr."""
+    results = []
+    for way in TWO_WAYS:
+        p = Parameter(torch.zeros(3000, device=DEVICE))
+        optimizer = SophiaG([p], betas=(0.0, 0.9), weight_decay=0.0, **way)
+        grads = [torch.full_like(p, 1.0 + i) for i in range(200)]
+        torch.cuda._sleep(10**9)
+        for i, p.grad in enumerate(grads):
+            optimizer.param_groups[0]["lr"] = 0.001 * (i + 1)
+            optimizer.step()
+        results.append(p.detach())
+    assert_close(*([r] for r in results))
+
+
+@counts_on_the_gpu
+def test_a_step_of_a_grad_scaler_waits_for_nothing():
+    results = []
+    for way in TWO_WAYS:
+        p = Parameter(torch.ones(3000, device=DEVICE))
+        optimizer, scaler = SophiaG([p], lr=0.01, **way), torch.amp.GradScaler("cuda", init_scale=16.0)
+        factors = [torch.tensor(x, device=DEVICE) for x in (1.0, 2.0, math.inf, 3.0, 4.0)]
+        for i, factor in enumerate(factors):
+            with no_waiting() if i and "fused" in way else contextlib.nullcontext():
+                optimizer.zero_grad()
+                scaler.scale((p * factor).square().sum()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        optimizer.count_skipped_steps()
+        assert optimizer.state[p]["step"] == 4 and scaler.get_scale() == 8
+        results.append([p.detach(), optimizer.state[p]["exp_avg"]])
+    assert_close(*results)
+
+
+@counts_on_the_gpu
+@pytest.mark.parametrize("settings", [{}, {"foreach": True}, {"rho": "auto", "betas": (0.1, 0.9)}], ids=str)
 @pytest.mark.parametrize("kind", [SophiaG, SophiaH])
 def test_a_step_waits_for_nothing(kind, settings):
     params = [Parameter(torch.randn(s, device=DEVICE)) for s in [(8, 3, 3, 3), (8,), (300,)]]
@@ -125,7 +174,9 @@ def test_an_update_of_h_waits_for_nothing(average):
 
 
 @counts_on_the_gpu
-@pytest.mark.parametrize(("flags", "limit"), [({"foreach": True}, 2 * 48), ({"foreach": False}, math.inf)], ids=str)
+@pytest.mark.parametrize(
+    ("flags", "limit"), [({}, 1), ({"foreach": True}, 2 * 48), ({"foreach": False}, math.inf)], ids=str
+)
 def test_kernels_of_a_step(flags, limit):
     groups = [
         {"params": [Parameter(torch.randn(8, 4 + i % 3, 3, 3, device=DEVICE)) for i in range(60)]},
@@ -279,6 +330,26 @@ def test_session(train, amp, fraction):
     assert run.trainer.scaler.is_enabled() == (amp is True and GPU)
     if run.trainer.scaler.is_enabled():
         assert run.trainer.scaler.get_scale() > 0 and math.isfinite(run.trainer.scaler.get_scale())
+
+
+def test_a_step_of_a_training_waits_for_nothing(train):
+    """Outside Hessian updates and measurements of rho, with AMP and without."""
+
+    def watch(trainer) -> None:
+        step, session = trainer.optimizer_step, trainer._sophia
+
+        def watched() -> None:
+            quiet = GPU and trainer.epoch > 0 and session.window.staged is None
+            seen.append(quiet)
+            with no_waiting() if quiet else contextlib.nullcontext():
+                step()
+
+        trainer.optimizer_step = watched
+
+    for amp in (False, True):
+        seen: list[bool] = []
+        train(amp=amp, hessian_interval=3, sophia="published", seen=[("on_train_start", watch)])
+        assert not GPU or seen.count(True) > 2, seen
 
 
 def test_training_with_sophia_h(train):
