@@ -741,14 +741,14 @@ def test_whole_numbers_are_numbers():
     assert repr(OPTIONS["rho"].check(1)) == "1.0"
 
 
-def test_the_table_in_the_documentation():
-    """`python scripts/make_tables.py` writes it."""
+@pytest.mark.parametrize("page", ["arguments.md", "VERSIONS.md"])
+def test_the_tables_in_the_documentation(page):
+    """`python scripts/make_tables.py` writes them."""
     root = preset_directory().parent.parent
     spec = importlib.util.spec_from_file_location("make_tables", root / "scripts" / "make_tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = (root / "docs" / "arguments.md").read_text()
-    assert module.with_table(text) == text
+    assert module.with_table(page) == (root / "docs" / page).read_text()
 
 
 @pytest.mark.parametrize("cls", [SophiaG, SophiaH, DecoupledSophia, Sophia])

@@ -105,13 +105,6 @@ def test_patched_tree_trains_with_the_autoload_off(patch, tmp_path, tiny_run, py
 # What is expected of Ultralytics --------------------------------------------------------------------------------------
 
 
-def test_the_table_of_versions_is_the_contract():
-    from yolo_sophia.integration.contract import markdown
-
-    text = (ROOT / "docs" / "VERSIONS.md").read_text()
-    assert text.partition("<!-- contract -->\n")[2].partition("<!-- end -->")[0] == markdown()
-
-
 @pytest.mark.compat
 def test_the_installed_version_has_what_is_expected():
     from yolo_sophia.integration.contract import CONTRACT, differences

@@ -323,11 +323,3 @@ def suggestion(name: object, known: Iterable[object]) -> str:
     by_lower = {str(k).lower(): str(k) for k in known}
     close = get_close_matches(str(name).lower(), by_lower, n=1)
     return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
-
-
-def table() -> str:
-    """The options as a Markdown table, for docs/arguments.md."""
-    rows = ["| argument | values | default | description |", "|---|---|---|---|"]
-    rows += [f"| `{o.name}` | {o.expected} | `{o.default}` | {o.doc} |" for o in OPTIONS.values()]
-    rows += [f"| `{o.name}` | {o.expected} | Ultralytics' | {o.doc} |" for o in ULTRALYTICS_ARGS.values()]
-    return "\n".join(rows) + "\n"

@@ -164,16 +164,3 @@ def differences() -> dict[str, str]:
     found = [(symbol, find(symbol.place)) for symbol in CONTRACT]
     texts = {s.place: difference(s.place, o) for s, o in found if o is not None or s.versions == ALL_VERSIONS}
     return {place: text for place, text in texts.items() if text}
-
-
-def markdown() -> str:
-    """The table of docs/VERSIONS.md."""
-    rows = ["| Symbol of Ultralytics | Use | Parameters | For | Versions |", "|---|---|---|---|---|"]
-    for symbol in CONTRACT:
-        place = symbol.place.removeprefix("ultralytics.") + (f" (`.{symbol.attribute}`)" if symbol.attribute else "")
-        name, _, rest = place.partition(" ")
-        parameters = ", ".join(symbol.parameters) if symbol.parameters else "-"
-        rows.append(
-            f"| `{name}`{' ' + rest if rest else ''} | {symbol.use} | {parameters} | {symbol.why} | {symbol.versions} |"
-        )
-    return "\n".join(rows) + "\n"
