@@ -17,8 +17,8 @@ class Predictions:
 
     Attributes:
         path: predictions.json; None where there was no prediction.
-        images: Path, height and width in pixels, and label file of every validated image, which are those that
-            Ultralytics could read.
+        images: Path, height and width in pixels, and boxes of every validated image, which are those that Ultralytics
+            could read. A box has its class, and center x, center y, width and height as fractions of the image.
         names: Class names by class number.
         categories: Category id in predictions.json by class number: COCO's own for COCO's validation images.
         annotations: COCO's own annotations of these images, where they are COCO's and the file is there.
@@ -26,7 +26,7 @@ class Predictions:
     """
 
     path: Path | None
-    images: tuple[tuple[Path, int, int, Path], ...]
+    images: tuple[tuple[Path, int, int, list[tuple[int, float, float, float, float]]], ...]
     names: tuple[str, ...]
     categories: tuple[int, ...]
     annotations: Path | None
@@ -46,7 +46,6 @@ def predict(weights: Path, data: str, folder: Path, arguments: Mapping[str, Any]
         ValueError: The task is not detection, classes were merged or left out, or the data is LVIS.
     """
     from ultralytics import YOLO
-    from ultralytics.data.utils import img2label_paths
 
     for key in ("single_cls", "classes"):
         if arguments.get(key):
@@ -85,13 +84,17 @@ def predict(weights: Path, data: str, folder: Path, arguments: Mapping[str, Any]
     path = validator.save_dir / "predictions.json"
     annotations = Path(validator.data.get("path") or "", "annotations", "instances_val2017.json")
     is_coco = validator.is_coco and validator.data.get("path") and annotations.is_file()
-    labels = map(Path, img2label_paths(list(sizes)))
+    boxes = {label["im_file"]: _boxes(label) for label in validator.dataloader.dataset.labels}
     names = validator.names.values() if isinstance(validator.names, dict) else validator.names
     return Predictions(
         path=path if path.is_file() else None,
-        images=tuple((Path(file), int(h), int(w), label) for (file, (h, w)), label in zip(sizes.items(), labels)),
+        images=tuple((Path(file), int(h), int(w), boxes[file]) for file, (h, w) in sizes.items()),
         names=tuple(map(str, names)),
         categories=tuple(map(int, validator.class_map)),
         annotations=annotations if is_coco else None,
         own={"mAP50-95": float(metrics.box.map), "mAP50": float(metrics.box.map50)},
     )
+
+
+def _boxes(label: Mapping[str, Any]) -> list[tuple[int, float, float, float, float]]:
+    return [(int(number), *map(float, box)) for number, box in zip(label["cls"].reshape(-1), label["bboxes"])]

@@ -21,19 +21,19 @@ METRICS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100":
 
 
 class Image(NamedTuple):
-    """An image with its YOLO labels.
+    """An image with its labels.
 
     Attributes:
         path: The image's file; it need not be there.
         height: Pixels.
         width: Pixels.
-        labels: Its YOLO label file; one that is not there means no boxes.
+        boxes: Class, and center x, center y, width and height as fractions of the image.
     """
 
     path: Path
     height: int
     width: int
-    labels: Path
+    boxes: Sequence[tuple[int, float, float, float, float]] = ()
 
 
 def image_id(path: Path) -> int | str:
@@ -41,38 +41,10 @@ def image_id(path: Path) -> int | str:
     return int(path.stem) if path.stem.isnumeric() else path.stem
 
 
-def read_labels(path: Path) -> list[tuple[int, float, float, float, float]]:
-    """Read a YOLO label file as Ultralytics does: outlines become their bounding boxes, a repeated row counts once.
-
-    Returns:
-        Class, and center x, center y, width and height as fractions of the image; nothing where there is no file.
-
-    Raises:
-        ValueError: A row is neither `class x y w h` nor `class x1 y1 x2 y2 x3 y3 ...`.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for line in dict.fromkeys(path.read_text(encoding="utf-8-sig").splitlines()):
-        if not (words := line.split()):
-            continue
-        try:
-            number, *values = map(float, words)
-        except ValueError:
-            raise ValueError(f"{path}: found {line!r}, expected numbers.") from None
-        if len(values) >= 6 and len(values) % 2 == 0:
-            (left, right), (top, bottom) = ((min(v), max(v)) for v in (values[::2], values[1::2]))
-            values = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
-        if len(values) != 4 or number != int(number):
-            raise ValueError(f"{path}: found {line!r}, expected a class and 4 numbers, or a class and an outline.")
-        rows.append((int(number), *values))
-    return list(dict.fromkeys(rows))
-
-
 def from_labels(
     images: Sequence[Image], names: Sequence[str], categories: Sequence[int] | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write COCO annotations from YOLO labels.
+    """COCO annotations from the images' own labels.
 
     Args:
         images: The images to evaluate on.
@@ -83,14 +55,12 @@ def from_labels(
         COCO's `images`, `annotations` and `categories`, with image ids as `image_id` gives them.
 
     Raises:
-        ValueError: Two images have the same id, or a label's class has no name.
+        ValueError: Two images have the same id.
     """
     made = _without_boxes(images, names, categories)
     ids, boxes = [category["id"] for category in made["categories"]], made["annotations"]
     for image in images:
-        for number, x, y, width, height in read_labels(image.labels):
-            if not 0 <= number < len(names):
-                raise ValueError(f"{image.labels}: found class {number}, expected 0 to {len(names) - 1}.")
+        for number, x, y, width, height in image.boxes:
             width, height = width * image.width, height * image.height
             corner = (x * image.width - width / 2, y * image.height - height / 2)
             boxes.append(_box(len(boxes) + 1, image_id(image.path), ids[number], [*corner, width, height]))
