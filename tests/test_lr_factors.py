@@ -22,7 +22,7 @@ from ultralytics.utils.patches import torch_load
 from yolo_sophia.integration import build, lr_factors
 from yolo_sophia.integration.arguments import finalize
 from yolo_sophia.integration.lr_factors import assign, split
-from yolo_sophia.integration.provenance import ClassRows, Provenance
+from yolo_sophia.integration.provenance import ClassRows, Provenance, decode
 from yolo_sophia.optim import SophiaG
 from yolo_sophia.options import OPTIONS
 
@@ -346,9 +346,9 @@ def stop_after(epoch: int) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["SophiaG", "AdamW", "torch.optim.AdamW"])
 def test_a_resumed_run_has_the_rates_of_the_run_before(
-    tiny_run, tiny_model, tiny_data, tmp_path, optimizer, monkeypatch
+    tiny_run, tiny_data, four_classes, tmp_path, optimizer, monkeypatch
 ):
-    """From weights with four of the six class rows by name: new tensors or rows, by version."""
+    """From weights with four of the six classes: their class layers are new in part, or as a whole, by version."""
     seen: list[tuple[str, Any]] = []
     attach = build.attach
 
@@ -360,10 +360,12 @@ def test_a_resumed_run_has_the_rates_of_the_run_before(
     run = {k: v for k, v in tiny_run.items() if k not in ("model", "name")}
     names = tmp_path / "names.yaml"
     content = yaml.safe_load(Path(tiny_data).read_text())
-    content["names"] = {i: f"c{i}" if i < 4 else f"other{i}" for i in range(6)}
+    content["names"] = dict(enumerate(("cat", "dog", "person", "tree", "c4", "c5")))
     names.write_text(yaml.safe_dump(content))
-    first = YOLO(tiny_run["model"])
-    first.train(**{**run, "epochs": 1}, name="weights", optimizer="SGD", lr0=0.05, warmup_epochs=0)
+    weights, saved = tmp_path / "weights.pt", torch_load(four_classes, weights_only=False)
+    for parameter in saved["model"].parameters():
+        parameter.data *= 1.5  # no longer an initial value
+    torch.save(saved, weights)
     given = {**run, "epochs": 3, "optimizer": optimizer, "warmup_epochs": 1, "warmup_bias_lr": 0.0}
     given |= {"lr_factors": {"backbone": 0.5, "new": 5.0}, "lr0": 0.001, "data": str(names)}
 
@@ -371,26 +373,28 @@ def test_a_resumed_run_has_the_rates_of_the_run_before(
         groups = trainer.optimizer.param_groups
         seen.append((trainer.epoch, [(len(g["params"]), g["initial_lr"], g["lr"]) for g in groups]))
 
-    model = YOLO(first.trainer.last)
+    model = YOLO(weights)
     model.add_callback("on_train_epoch_end", rates_of_epoch)
     model.train(**given, name="whole")
     whole = seen[:]
     seen.clear()
-    model = YOLO(first.trainer.last)
+    model = YOLO(weights)
     model.add_callback("on_train_epoch_end", rates_of_epoch)
     model.add_callback("on_fit_epoch_end", stop_after(2))
     with pytest.raises(KeyboardInterrupt):
         model.train(**given, name="cut")
     recorded = torch_load(model.trainer.last, weights_only=False)["train_args"]["sophia_new_rows"]
-    assert "cv3" in recorded and seen == whole[:3]
+    assert seen == whole[:3]
     again = YOLO(model.trainer.last)
     again.add_callback("on_train_epoch_end", rates_of_epoch)
     again.train(resume=True)
     assert again.trainer.args.sophia_new_rows == recorded
     assert seen[3] == whole[0] and seen[4:] == whole[3:]
     assert len({initial for _, initial, _ in whole[-1][1]}) == 3
-    if HAS_LABELS:  # 8.3 copies all rows by position
-        assert [rows for _, rows, *_ in whole[0][1]] == [(4, 5)] * 6
+    rows = (4, 5) if HAS_LABELS else None  # 8.3 copies class layers of equal size only
+    new = [f"model.22.cv3.{i}.2.{kind}" for i in range(3) for kind in ("weight", "bias")]
+    assert decode(recorded).new == dict.fromkeys(new, rows)
+    assert [rows for _, rows, *_ in whole[0][1]] == [(4, 5)] * (6 if HAS_LABELS else 0)
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def _finalize_other(args: Any, overrides: Mapping[str, Any], ours: set[str]) -> 
     remove_for_other(vars(args), record, explicit, ours)
     if external_optimizer.is_path(args.optimizer):
         external_optimizer.finalize_external(args, explicit)
-    for key in explicit.intersection(SHARED) & ALL.keys():
+    for key in explicit & ours & ALL.keys() & set(own_of(args.optimizer)):
         setattr(args, key, ALL[key].check(getattr(args, key)))
 
 
