@@ -17,10 +17,10 @@ START = 0.0002
 START_STEPS = 40
 """Steps at `START` before the decision; a step at a part of it, as in the warm-up, counts as that part."""
 
-NEAR, FAR = 0.0001, 0.0013
+NEAR, FAR = 0.00008, 0.0013
 """Learning rates for data that the weights know, and for data that they do not know."""
 
-NEAR_RATIO, FAR_RATIO = 0.91, 0.83
+NEAR_RATIO, FAR_RATIO = 0.905, 0.87
 """Localization loss at the decision over that at the start: from `NEAR_RATIO` up the rate is `NEAR`, from `FAR_RATIO`
 down it is `FAR`, and between them it is interpolated."""
 

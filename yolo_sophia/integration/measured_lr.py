@@ -24,7 +24,7 @@ from yolo_sophia.options import NEW
 KEY = "lr_measurement"
 """Key of the first parameter group; its value is None once the rate is known."""
 
-WINDOW = 10
+WINDOW = 20
 """Steps whose mean is the loss at the start and at the end."""
 
 LOCALIZATION = frozenset({"box_loss", "dfl_loss", "l1_loss", "giou_loss"})
