@@ -6,7 +6,8 @@ a forward pass in bfloat16 takes half of the time. Runs that have a result are n
 Usage: python scripts/study_runs.py PLAN.yaml DATA_FOLDER OUT_FOLDER [WORKERS]
 
 The plan has `common` (arguments of every run), `sets` (arguments by data set, with `data` relative to DATA_FOLDER),
-`arms` (arguments by arm; `lab: module.Class` replaces the class of SophiaG by one in scripts/) and `jobs`: a list of
+`arms` (arguments by arm; `lab: module.Class` replaces the class of SophiaG by one in scripts/, with `lab_settings` as
+its `settings`; its attribute `figures` enters the run's JSON file) and `jobs`: a list of
 {arm, sets, seeds} with an optional `grid`, which maps one argument to a list of values. Jobs run in their order.
 OUT_FOLDER gets a JSON file per run, results.csv with all of them, and the images at the size of the study.
 """
@@ -77,6 +78,11 @@ def resized(data: Path, out: Path, size: int) -> Path:
     return out / "data.yaml"
 
 
+def begin(optimizer: Any, model: Any) -> None:
+    """Show the model to an optimizer of scripts/ that has a method `begin`."""
+    getattr(optimizer, "begin", lambda _: None)(model)
+
+
 def train(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train one run in this process, and return its row."""
     import torch
@@ -97,6 +103,7 @@ def train(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     if args.pop("bfloat16", True):
         engine.autocast = lambda *_, **__: torch.autocast("cpu", dtype=torch.bfloat16)
     model = YOLO(args.pop("model"))
+    model.add_callback("on_train_start", lambda trainer: begin(trainer.optimizer, trainer.model))
     start = time.perf_counter()
     model.train(**args, project=str(folder), name=run["name"], exist_ok=True)
     trainer = model.trainer
@@ -110,6 +117,7 @@ def train(run: dict[str, Any], folder: Path) -> dict[str, Any]:
         "lr0": trainer.args.lr0,
         "figures": {k.strip(): v for k, v in last.items() if k.strip().startswith("sophia")},
     }
+    row["lab"] = getattr(trainer.optimizer, "figures", None)
     row["lr_measurement"] = trainer.optimizer.param_groups[0].get("lr_measurement")
     for name in ("last.pt", "best.pt"):
         (Path(trainer.save_dir) / "weights" / name).unlink(missing_ok=True)
@@ -124,7 +132,7 @@ def main(plan_path: Path, data: Path, out: Path, workers: int = 2) -> None:
     results.mkdir(parents=True, exist_ok=True)
     for name, own in plan["sets"].items():
         if own["data"].endswith("data.yaml"):
-            copy = resized(data / own["data"], out / "data" / name, plan["common"]["imgsz"])
+            copy = resized(data / own["data"], out / "data" / name, {**plan["common"], **own}["imgsz"])
             for run in runs.values():
                 if run["set"] == name:
                     run["args"]["data"] = str(copy)
