@@ -569,7 +569,11 @@ def child_taken_keys(run: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any
     return report
 
 
-@pytest.mark.parametrize("keys", [{"cautious": "a", "beta2": 3}, {"rho": None, "bn_momentum": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [{"cautious": "a", "beta2": 3}, {"rho": None, "bn_momentum": "x"}, {"fit_head": True, "lr_factors": None}],
+    ids=lambda keys: " ".join(keys),
+)
 def test_an_argument_of_ultralytics_own_is_left_alone(keys, fresh, tiny_run):
     report = fresh(child_taken_keys, tiny_run, keys)
     assert report["kinds"] == []
@@ -578,8 +582,8 @@ def test_an_argument_of_ultralytics_own_is_left_alone(keys, fresh, tiny_run):
     assert report["AdamW"]["hessian_interval"] is None
     message = f"it has arguments of its own with the names of ours: {', '.join(sorted(keys))}. Install a supported"
     assert report["SophiaG"].startswith("RuntimeError: ") and message in report["SophiaG"]
-    if "bn_momentum" in keys:
-        assert "names of ours: bn_momentum. " in report["torch.optim.Adagrad"]
+    if shared := sorted({"bn_momentum", "fit_head", "lr_factors"} & keys.keys()):
+        assert f"names of ours: {', '.join(shared)}. " in report["torch.optim.Adagrad"]
     else:
         assert report["torch.optim.Adagrad"]["cautious"] == "theirs"
     assert report["left"] == {**keys, "hessian_interval": None}

@@ -18,8 +18,13 @@ from yolo_sophia.integration.children import children_know_us, require_ray_worke
 from yolo_sophia.integration.patch_set import PatchSet
 
 
-def _children_of(optimizer: object, given: Mapping[str, Any]) -> AbstractContextManager[None]:
-    return children_know_us() if arguments.keys_of(optimizer, given) else nullcontext()
+def _keys_of(patches: PatchSet, optimizer: object, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """As `arguments.keys_of`; the arguments that Ultralytics has itself do not count."""
+    return arguments.keys_of(optimizer, {key: value for key, value in given.items() if key not in patches.taken})
+
+
+def _children_of(patches: PatchSet, optimizer: object, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+    return children_know_us() if _keys_of(patches, optimizer, given) else nullcontext()
 
 
 def _in_checkpoints(name: str) -> Callable[[Callable], Callable]:
@@ -61,7 +66,7 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
     def check_resume(original: Callable) -> Callable:
         def wrapper(self, overrides):
             original(self, overrides)
-            if keys := arguments.keys_of(self.args.optimizer, vars(self.args)):
+            if keys := _keys_of(patches, self.args.optimizer, vars(self.args)):
                 patches.require_supported(keys)
             arguments.finalize(self.args, overrides, patches.added_keys())
 
@@ -74,7 +79,7 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
             call = signature.bind(self, *args, **kwargs)
             call.apply_defaults()
             name = call.arguments["name"]
-            keys = arguments.keys_of(name, vars(self.args))
+            keys = _keys_of(patches, name, vars(self.args))
             if not keys:
                 return original(self, *args, **kwargs)
             patches.require_supported(keys)  # again: it may be check_resume that does not fit
@@ -98,7 +103,7 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
 
     def train(original: Callable) -> Callable:
         def wrapper(self, *args, **kwargs):
-            if not arguments.keys_of(self.args.optimizer, vars(self.args)):
+            if not _keys_of(patches, self.args.optimizer, vars(self.args)):
                 return original(self, *args, **kwargs)
             from yolo_sophia.integration.provenance import provenance_for_workers
 
@@ -124,7 +129,7 @@ def _patch_model(patches: PatchSet, module: ModuleType) -> None:
                 if isinstance(kwargs.get("data"), (list, tuple)):  # MultiTrainer starts a child for each of them
                     kwargs = arguments.recorded_for_children(kwargs, self.overrides)
                     given = {**self.overrides, **kwargs}
-                    with _children_of(given.get("optimizer"), given):
+                    with _children_of(patches, given.get("optimizer"), given):
                         return original(self, trainer, **kwargs)
                 return original(self, trainer, **kwargs)
 
@@ -133,7 +138,7 @@ def _patch_model(patches: PatchSet, module: ModuleType) -> None:
     def tune(original: Callable) -> Callable:
         def wrapper(self, use_ray=False, *args, **kwargs):
             given = {**self.overrides, **kwargs}
-            if not use_ray or not arguments.keys_of(given.get("optimizer"), given):
+            if not use_ray or not _keys_of(patches, given.get("optimizer"), given):
                 return original(self, use_ray, *args, **kwargs)
             patches.require_supported(arguments.OUR_KEYS)
             require_ray_workers()
@@ -198,7 +203,7 @@ def _patch_tuner(patches: PatchSet, module: ModuleType) -> None:
 
     def call(original: Callable) -> Callable:
         def wrapper(self, *args, **kwargs):
-            with _children_of(self.args.optimizer, vars(self.args)):
+            with _children_of(patches, self.args.optimizer, vars(self.args)):
                 return original(self, *args, **kwargs)
 
         return wrapper
