@@ -98,7 +98,7 @@ class Choice:
 
     def contains(self, value: Any) -> bool:
         """Whether a value is of the dimension; True is not 1 here."""
-        return any(type(own) is type(value) and own == value for own in self.values)
+        return any(type(choice) is type(value) and choice == value for choice in self.values)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.values))
@@ -157,7 +157,7 @@ def merged(arguments: Mapping[str, Any], given: Mapping[str, Dimension | None]) 
     """
     fixed_rho = {"rho": None} if given.get("rho") is not None else {}
     space = {**space_of({**arguments, **fixed_rho}), **given}
-    return {key: own for key, own in space.items() if own is not None}
+    return {key: dimension for key, dimension in space.items() if dimension is not None}
 
 
 def read_dimension(key: str, given: Any) -> Dimension | None:

@@ -114,11 +114,11 @@ def cost_ratio(
     the ratio and is excluded.
     """
     aim = target or share * (default_target(curves, reference, data) or 0) or None
-    both = own, base = runs_by_seed(curves, arm, data), runs_by_seed(curves, reference, data)
-    seeds, unpaired = tuple(seed for seed in own if seed in base), tuple(sorted(own.keys() ^ base.keys()))
-    costs = [[cost_to_target(arm_runs[seed], aim, axis) for seed in seeds] for arm_runs in both] if aim else [[], []]
+    pair = runs, base = runs_by_seed(curves, arm, data), runs_by_seed(curves, reference, data)
+    seeds, unpaired = tuple(seed for seed in runs if seed in base), tuple(sorted(runs.keys() ^ base.keys()))
+    costs = [[cost_to_target(arm_runs[seed], aim, axis) for seed in seeds] for arm_runs in pair] if aim else [[], []]
     ratios = tuple(cost_quotient(*pair) for pair in zip(*costs))
-    failed = tuple(sum(arm_runs[seed].failed for seed in seeds) for arm_runs in both)
+    failed = tuple(sum(arm_runs[seed].failed for seed in seeds) for arm_runs in pair)
     missed = tuple(sum(map(math.isinf, values)) for values in costs)
     interval = median_ratio([ratio for ratio in ratios if not math.isnan(ratio)])
     return Ratio(
@@ -159,16 +159,16 @@ class Difference:
     @property
     def scatter(self) -> float | None:
         """Standard deviation of the differences over seeds; None for fewer than two."""
-        own = self.mean
-        return None if own.half is None else own.half / t_975(own.count - 1) * math.sqrt(own.count)
+        mean = self.mean
+        return None if mean.half is None else mean.half / t_975(mean.count - 1) * math.sqrt(mean.count)
 
 
 def final_difference(curves: Sequence[Curve], arm: str, reference: str, data: str) -> Difference:
     """Compare the final mAP50-95 of full runs with the reference arm's, seed by seed."""
-    own, base = runs_by_seed(curves, arm, data), runs_by_seed(curves, reference, data)
-    seeds = tuple(seed for seed in own if seed in base and not own[seed].failed and not base[seed].failed)
-    left_out = tuple(sorted((own.keys() | base.keys()) - set(seeds)))
-    gaps = mean(own[seed].final() - base[seed].final() for seed in seeds)
+    runs, base = runs_by_seed(curves, arm, data), runs_by_seed(curves, reference, data)
+    seeds = tuple(seed for seed in runs if seed in base and not runs[seed].failed and not base[seed].failed)
+    left_out = tuple(sorted((runs.keys() | base.keys()) - set(seeds)))
+    gaps = mean(runs[seed].final() - base[seed].final() for seed in seeds)
     return Difference(arm, reference, data, seeds, left_out, gaps)
 
 
@@ -275,12 +275,12 @@ def profiles(costs: Mapping[str, Mapping[str, float]], taus: Sequence[float] = T
     A data set that no arm solved counts against every arm. Profiles depend on the set of arms compared.
     """
     names = list(next(iter(costs.values())))
-    best = {data: min(own[data] for own in costs.values()) for data in names}
-    found = []
-    for arm, own in costs.items():
-        factors = np.array([cost_quotient(own[data], best[data]) for data in names])
+    best = {data: min(by_data[data] for by_data in costs.values()) for data in names}
+    made = []
+    for arm, by_data in costs.items():
+        factors = np.array([cost_quotient(by_data[data], best[data]) for data in names])
         factors[np.isnan(factors)] = np.inf  # no arm reached the target
         fractions = tuple(float(np.mean(factors <= tau * (1 + 1e-12))) for tau in taus)
         area = float(np.mean(np.clip(taus[-1] - factors, 0, None))) / (taus[-1] - 1)
-        found.append(Profile(arm, taus, fractions, area))
-    return tuple(found)
+        made.append(Profile(arm, taus, fractions, area))
+    return tuple(made)

@@ -82,29 +82,29 @@ def parse(given: Sequence[str] | Mapping[str, Any]) -> Plan:
     Raises:
         ValueError: What is wrong with which key, and what was expected.
     """
-    own, arguments = shared.read_keys(read(given, KEYS), KEYS)
-    own["data"], per_data = _split_data(own["data"])
-    base = shared.read_base(own, arguments)
-    arms = shared.read_arms(own["optimizers"], own["arms"])
+    values, arguments = shared.read_keys(read(given, KEYS), KEYS)
+    values["data"], per_data = _split_data(values["data"])
+    base = shared.read_base(values, arguments)
+    arms = shared.read_arms(values["optimizers"], values["arms"])
     for arm in arms:
         for data, settings in {"": {}, **per_data}.items():
             if both := settings.keys() & arm.arguments.keys():
                 raise ValueError(f"{min(both)} is set for arm {arm.name} and for data={data}: leave out one of them.")
             shared.check_arm(arm, {**base["common"], **settings})
     names = [arm.name for arm in arms]
-    reference = str(own["reference"] or ("AdamW" if "AdamW" in names else names[min(1, len(names) - 1)]))
+    reference = str(values["reference"] or ("AdamW" if "AdamW" in names else names[min(1, len(names) - 1)]))
     if reference not in names:
         raise ValueError(f"reference={reference!r} is not an arm.{suggestion(reference, names)} Arms: {names}.")
-    horizons = tuple(as_list(own["horizons"]))
+    horizons = tuple(as_list(values["horizons"]))
     if not all(isinstance(h, (int, float)) and 0 < h <= 1 for h in horizons) or 1.0 not in horizons:
         raise ValueError(f"horizons={list(horizons)}: expected fractions in (0, 1], 1.0 among them.")
     return Plan(
         arms=arms,
         reference=reference,
         horizons=tuple(sorted({float(h) for h in horizons}, reverse=True)),
-        out=shared.read_out(own, "runs", "compare"),
+        out=shared.read_out(values, "runs", "compare"),
         per_data=MappingProxyType(per_data),
-        **{key: own[key] for key in ("target", "tune_trials", "tune_epochs", "cut_runs")},
+        **{key: values[key] for key in ("target", "tune_trials", "tune_epochs", "cut_runs")},
         **base,
     )
 
@@ -117,8 +117,8 @@ def _split_data(given: Any) -> tuple[Any, dict[str, Mapping[str, Any]]]:
     """
     if not isinstance(given, Mapping):
         return given, {}
-    own = {str(data): settings or {} for data, settings in given.items()}
-    for data, settings in own.items():
+    found = {str(data): settings or {} for data, settings in given.items()}
+    for data, settings in found.items():
         if not isinstance(settings, Mapping) or settings.keys() - set(PER_DATA):
             raise ValueError(
                 f"data: {data}: found {settings!r}, expected a mapping with {' and '.join(PER_DATA)}: all else is the "
@@ -126,7 +126,7 @@ def _split_data(given: Any) -> tuple[Any, dict[str, Mapping[str, Any]]]:
             )
         if "epochs" in settings and not is_int(1)(as_int(settings["epochs"])):
             raise ValueError(f"data: {data}: epochs={settings['epochs']!r}: expected a whole number >= 1.")
-    return list(given), {data: MappingProxyType({k: as_int(v) for k, v in s.items()}) for data, s in own.items() if s}
+    return list(given), {data: MappingProxyType({k: as_int(v) for k, v in s.items()}) for data, s in found.items() if s}
 
 
 def runs(plan: Plan, tuned: Mapping[tuple[str, str], Mapping[str, Any]] | None = None) -> list[Run]:

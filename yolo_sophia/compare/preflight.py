@@ -36,14 +36,14 @@ class Preflight:
 
 def examine_plan(plan: Plan) -> tuple[Preflight, ...]:
     """Examine every arm on every data set, and save what was found; what is saved for the same arguments is kept."""
-    saved = {(own.data, own.arm, json.dumps(own.arguments)): own for own in load_preflight(plan.out)}
+    saved = {(entry.data, entry.arm, json.dumps(entry.arguments)): entry for entry in load_preflight(plan.out)}
     made = []
     for data in plan.data:
         for arm in plan.arms:
             arguments = plain({**plan.common_on(data), **arm.arguments, "data": data}, words=False)
             key = data, arm.name, json.dumps(arguments)
             made.append(saved.get(key) or _examined(data, arm.name, arguments))
-    atomic_write(plan.out / FILE, json.dumps([vars(own) for own in made], indent=1))
+    atomic_write(plan.out / FILE, json.dumps([vars(entry) for entry in made], indent=1))
     return tuple(made)
 
 

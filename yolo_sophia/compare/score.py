@@ -186,12 +186,12 @@ class Summary:
 
 def summarize(curves: Iterable[Curve], arm: str, data: str, target: float | None) -> Summary:
     """Summarize the full runs of an arm on a data set."""
-    own = tuple(runs_by_seed(curves, arm, data).values())
-    done = [run for run in own if not run.failed]
+    runs = tuple(runs_by_seed(curves, arm, data).values())
+    done = [run for run in runs if not run.failed]
     metrics = [mean(run.final() for run in done), mean(run.best() for run in done)]
     metrics.append(mean(run.final("map50") for run in done))
-    costs = {axis: tuple(cost_to_target(run, target, axis) for run in own) if target else () for axis in AXES}
+    costs = {axis: tuple(cost_to_target(run, target, axis) for run in runs) if target else () for axis in AXES}
     missed = sum(map(math.isinf, costs["steps"])) if target else None
     medians = {axis: median(values) if values else None for axis, values in costs.items()}
-    seeds, diverged = tuple(run.seed for run in own), sum(run.diverged for run in own)
-    return Summary(seeds, len(own) - len(done), diverged, *metrics, missed, costs, medians)
+    seeds, diverged = tuple(run.seed for run in runs), sum(run.diverged for run in runs)
+    return Summary(seeds, len(runs) - len(done), diverged, *metrics, missed, costs, medians)

@@ -191,16 +191,16 @@ def compute(
     planned = [(a, d, s, h) for d in map(data_name, plan.data) for a in arms for s in plan.seeds for h in plan.horizons]
     not_ended = tuple(name for name in planned if name not in ended)
     data = tuple(_data_result(plan, arms, path, records, curves, not_ended) for path in plan.data)
-    targets = {own.name: own.target for own in data}
+    targets = {item.name: item.target for item in data}
     records = [_scored(record, targets[record.data]) for record in records]
-    comparable = [own for own in data if own.median and all(arm.summary for arm in own.arms)]
+    comparable = [item for item in data if item.median and all(arm.summary for arm in item.arms)]
     several = len(comparable) > 1
     costs = {
-        axis: {arm: {own.name: own.arms[i].summary.cost[axis] for own in comparable} for i, arm in enumerate(arms)}
+        axis: {arm: {item.name: item.arms[i].summary.cost[axis] for item in comparable} for i, arm in enumerate(arms)}
         for axis in AXES * several
     }
     scores = {
-        arm: {own.name: [(r.curve.final() or 0.0) / own.median for r in own.arms[i].records] for own in comparable}
+        arm: {item.name: [(r.curve.final() or 0.0) / item.median for r in item.arms[i].records] for item in comparable}
         for i, arm in enumerate(arms)
     }
     return ComparisonResult(
@@ -211,9 +211,9 @@ def compute(
         planned=len(planned),
         not_ended=not_ended,
         controls=tuple(control(curves, *pair) for pair in _same_settings(arms, records)),
-        profiles={axis: profiles(own) for axis, own in costs.items()},
+        profiles={axis: profiles(item) for axis, item in costs.items()},
         aggregates=aggregate(scores, plan.reference) if several else (),
-        not_comparable=tuple(own.name for own in data if own not in comparable),
+        not_comparable=tuple(item.name for item in data if item not in comparable),
         columns=tuple(dict.fromkeys(key for record in records for row in record.result.rows for key in row)),
         searches=tuple(searches),
         coco=coco or {},

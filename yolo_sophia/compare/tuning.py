@@ -54,9 +54,9 @@ def _study(plan: Plan, arm: Arm, data: str) -> TunePlan:
     common["epochs"] = plan.tune_epochs or max(1, common["epochs"] // 3)
     arguments = validate_arguments({**common, **arm.arguments})
     space = space_of(arguments)
-    own = {"arms": (arm,), "data": (data,), "seeds": (TRIAL_SEED,), "common": MappingProxyType(common)}
+    changed = {"arms": (arm,), "data": (data,), "seeds": (TRIAL_SEED,), "common": MappingProxyType(common)}
     return TunePlan(
-        **{field.name: getattr(plan, field.name) for field in fields(BasePlan)} | own,
+        **{field.name: getattr(plan, field.name) for field in fields(BasePlan)} | changed,
         space=MappingProxyType(dict(space)),
         start=MappingProxyType(start_of(space, arguments)),
         trials=plan.tune_trials if space else 1,

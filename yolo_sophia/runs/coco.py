@@ -98,8 +98,8 @@ def from_file(
     for number, box in enumerate((a for a in annotations if a["image_id"] in images_by_id), 1):
         if (name := titles.get(box["category_id"])) not in categories_by_name:
             raise ValueError(f"{path} has boxes of {name!r}, which is not a class of the model: {list(names)}.")
-        own = _box(number, images_by_id[box["image_id"]], categories_by_name[name], box["bbox"])
-        made["annotations"].append(own | {key: box[key] for key in ("area", "iscrowd") if key in box})
+        converted = _box(number, images_by_id[box["image_id"]], categories_by_name[name], box["bbox"])
+        made["annotations"].append(converted | {key: box[key] for key in ("area", "iscrowd") if key in box})
     return made
 
 
@@ -126,8 +126,8 @@ def _without_boxes(
 def _box(number: int, image: int | str, category: int, bbox: Sequence[float]) -> dict[str, Any]:
     """A box for the evaluators; its number is not 0, which they take for "no match"."""
     left, top, width, height = bbox
-    own = {"id": number, "image_id": image, "category_id": category}
-    return {**own, "bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
+    entry = {"id": number, "image_id": image, "category_id": category}
+    return {**entry, "bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
 
 
 def evaluate(

@@ -151,28 +151,28 @@ def read_keys(content: Mapping[str, Any], keys: Mapping[str, Key]) -> tuple[dict
     check_known(content.keys() - keys.keys(), "the plan", keys)
     if missing := [key for key in ("data", "model") if content.get(key) in (None, "", [], (), {})]:
         raise ValueError(f"the plan lacks {' and '.join(missing)}: add {' '.join(f'{key}=...' for key in missing)}.")
-    own: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, spec in keys.items():
         value = content.pop(key, None)
-        own[key] = spec.default if value is None else value
+        values[key] = spec.default if value is None else value
         if value is not None and not spec.valid(value):
             raise ValueError(f"{key}={value!r}: expected {spec.expected}.")
-    return own, content
+    return values, content
 
 
-def read_base(own: Mapping[str, Any], arguments: Mapping[str, Any], first_seed: int = 0) -> dict[str, Any]:
+def read_base(values: Mapping[str, Any], arguments: Mapping[str, Any], first_seed: int = 0) -> dict[str, Any]:
     """The fields of `BasePlan` that do not depend on the command, from what `read_keys` returns.
 
     Raises:
         ValueError: A value is not accepted.
     """
-    check_engine(own)
+    check_engine(values)
     return {
         "common": MappingProxyType(read_arguments(arguments)),
-        "data": read_data(own["data"]),
-        "seeds": read_seeds(own["seeds"], first_seed),
-        "devices": tuple(map(str, as_list(own["devices"]))),
-        **{key: own[key] for key in ("bn_recalibrate", "engine", "workers", "cpus", "gpus", "dry_run")},
+        "data": read_data(values["data"]),
+        "seeds": read_seeds(values["seeds"], first_seed),
+        "devices": tuple(map(str, as_list(values["devices"]))),
+        **{key: values[key] for key in ("bn_recalibrate", "engine", "workers", "cpus", "gpus", "dry_run")},
     }
 
 
@@ -222,17 +222,17 @@ def read_seeds(given: Any, first: int = 0) -> tuple[int, ...]:
     return seeds
 
 
-def read_out(own: Mapping[str, Any], project: str, name: str) -> Path:
+def read_out(values: Mapping[str, Any], project: str, name: str) -> Path:
     """The folder of results: `out`, or `project`/`name` with these defaults.
 
     Raises:
         ValueError: Both are given.
     """
-    if own["out"] is not None and (both := [key for key in ("project", "name") if own[key] is not None]):
-        raise ValueError(f"out={own['out']} and {both[0]}={own[both[0]]}: use one of them.")
-    if own["out"] is not None:
-        return Path(str(own["out"]))
-    return Path(str(own["project"] or project), str(own["name"] or name))
+    if values["out"] is not None and (both := [key for key in ("project", "name") if values[key] is not None]):
+        raise ValueError(f"out={values['out']} and {both[0]}={values[both[0]]}: use one of them.")
+    if values["out"] is not None:
+        return Path(str(values["out"]))
+    return Path(str(values["project"] or project), str(values["name"] or name))
 
 
 def read_arms(optimizers: Any, arms: Any) -> tuple[Arm, ...]:
@@ -276,18 +276,20 @@ def check_arm(arm: Arm, common: Mapping[str, Any]) -> None:
     check_values({**common, **arm.arguments}, f"arm {arm.name}")
 
 
-def check_engine(own: Mapping[str, Any]) -> None:
+def check_engine(values: Mapping[str, Any]) -> None:
     """Refuse keys that the engine ignores: Ray itself places the trainings.
 
     Raises:
         ValueError: Such a key is given.
     """
-    mine, others = ("cpus", "gpus"), ("workers", "devices")
-    if own["engine"] == "local":
-        mine, others = others, mine
+    fitting, others = ("cpus", "gpus"), ("workers", "devices")
+    if values["engine"] == "local":
+        fitting, others = others, fitting
     for key in others:
-        if own[key] not in (None, (), []):
-            raise ValueError(f"{key}={own[key]!r} is not for engine={own['engine']}: use {' and '.join(mine)} instead.")
+        if values[key] not in (None, (), []):
+            raise ValueError(
+                f"{key}={values[key]!r} is not for engine={values['engine']}: use {' and '.join(fitting)} instead."
+            )
 
 
 def check_data(plan: BasePlan) -> None:
@@ -311,8 +313,8 @@ def describe_keys(example: str, keys: Mapping[str, Key], rest: str) -> str:
 
 def to_yaml(content: Mapping[str, Any], common: Mapping[str, Any]) -> str:
     """A plan as a file that `plan=` reads back to the same plan; own keys that are None are left out."""
-    own = {key: value for key, value in content.items() if value is not None}
-    return yaml.safe_dump({**plain(own), **plain(common)}, sort_keys=False, allow_unicode=True)
+    given = {key: value for key, value in content.items() if value is not None}
+    return yaml.safe_dump({**plain(given), **plain(common)}, sort_keys=False, allow_unicode=True)
 
 
 def plain(value: Any, *, words: bool = True) -> Any:

@@ -42,7 +42,7 @@ def best_settings(plan: TunePlan, settings: Mapping[str, Any], value: float, tri
         text = _arguments(plan, {**given, **plan.arm.arguments, **settings}, found)
         return BestSettings({BEST: text}, f"yolo train cfg={best} {where}")
     files = {BEST: _preset(plan, name, settings, found)}
-    rest = {key: own for key, own in settings.items() if key not in OPTIONS and key not in ULTRALYTICS_ARGS}
+    rest = {key: settings[key] for key in settings if key not in OPTIONS and key not in ULTRALYTICS_ARGS}
     if not rest:
         return BestSettings(files, f"yolo train {where} optimizer={name} sophia={best}")
     files[ARGUMENTS] = _arguments(plan, {"optimizer": name, **rest}, found)

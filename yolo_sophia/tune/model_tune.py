@@ -39,7 +39,7 @@ def tune_space(
     if by_part := [key for key in given if argument_of(key)[1]]:
         raise ValueError(f"space: {by_part[0]}: Ultralytics' tuner knows whole arguments only. Use yolo-sophia tune.")
     dimensions = merged(validate_arguments({"optimizer": optimizer}), given)
-    return {key: _for_ray(own) if ray else _for_tuner(key, own) for key, own in dimensions.items()}
+    return {key: _for_ray(dimension) if ray else _for_tuner(key, dimension) for key, dimension in dimensions.items()}
 
 
 def _for_tuner(key: str, dimension: Dimension) -> tuple[float, float]:

@@ -160,24 +160,24 @@ def parse(given: Sequence[str] | Mapping[str, Any]) -> TunePlan:
     content = read(given, KEYS)
     if "pruner" in content and content["pruner"] is None:  # the word none was read as null
         content["pruner"] = "none"
-    own, arguments = shared.read_keys(content, KEYS)
+    values, arguments = shared.read_keys(content, KEYS)
     if arguments.get("val") is False:
         raise ValueError("val=False: a study needs the mAP50-95 of every epoch; leave it out.")
-    base = shared.read_base(own, arguments, shared.TRIAL_SEED)
-    (arm,) = shared.read_arms([str(own["optimizer"])], None)
+    base = shared.read_base(values, arguments, shared.TRIAL_SEED)
+    (arm,) = shared.read_arms([str(values["optimizer"])], None)
     fixed = {**base["common"], **arm.arguments}
-    if isinstance(own["space"], str):
-        own["space"] = read_mapping("space", own["space"])
+    if isinstance(values["space"], str):
+        values["space"] = read_mapping("space", values["space"])
     shared.check_arm(arm, base["common"])
-    space = _space(own["space"], fixed)
+    space = _space(values["space"], fixed)
     _check_samples(space, fixed)
     validated = validate_arguments(fixed)
     if "clip_fraction" in space and "rho" not in space and validated["rho"] != "auto":
         raise ValueError(f"space: clip_fraction requires rho=auto, found rho={validated['rho']}: add rho=auto.")
-    study = str(own["study"] or as_name("-".join([arm.name, *map(data_name, base["data"])])))
+    study = str(values["study"] or as_name("-".join([arm.name, *map(data_name, base["data"])])))
     check_name("study=", study)
-    out = shared.read_out(own, str(Path("runs", "tune")), study)
-    storage = str(own["storage"] or out / "study.db")
+    out = shared.read_out(values, str(Path("runs", "tune")), study)
+    storage = str(values["storage"] or out / "study.db")
     made = TunePlan(
         arms=(arm,),
         cut_runs="resume",
@@ -186,11 +186,11 @@ def parse(given: Sequence[str] | Mapping[str, Any]) -> TunePlan:
         start=MappingProxyType(start_of(space, validated)),
         storage=storage if "://" in storage else f"sqlite:///{storage}",
         study=study,
-        **{key: own[key] for key in ("trials", "sampler", "grid_points", "pruner")},
-        prune_after=own["prune_after"] or 1,
+        **{key: values[key] for key in ("trials", "sampler", "grid_points", "pruner")},
+        prune_after=values["prune_after"] or 1,
         **base,
     )
-    if own["prune_after"] is None:
+    if values["prune_after"] is None:
         made = replace(made, prune_after=max(1, made.trial_epochs // 4))
     return _consistent(made, {key for key, value in content.items() if value is not None})
 
@@ -198,7 +198,7 @@ def parse(given: Sequence[str] | Mapping[str, Any]) -> TunePlan:
 def start_of(space: Mapping[str, Dimension], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The values of these arguments that lie in the space."""
     values = {key: value_of(key, arguments) for key in space}
-    return {key: own.rounded(values[key]) for key, own in space.items() if own.contains(values[key])}
+    return {key: dimension.rounded(values[key]) for key, dimension in space.items() if dimension.contains(values[key])}
 
 
 def _consistent(plan: TunePlan, explicit: set[str]) -> TunePlan:
@@ -237,7 +237,11 @@ def _space(given: Any, fixed: Mapping[str, Any]) -> dict[str, Dimension]:
         read[key] = read_dimension(key, entry)
         if read[key] is not None and (held := value_of(key, fixed)) is not None:
             raise ValueError(f"{key}={held} is fixed, and it is in the space: leave one of them out.")
-    space = {key: own for key, own in merged(validate_arguments(fixed), read).items() if value_of(key, fixed) is None}
+    space = {
+        key: dimension
+        for key, dimension in merged(validate_arguments(fixed), read).items()
+        if value_of(key, fixed) is None
+    }
     if not space:
         example = "space=\"{'lr0': [1e-4, 1e-2, 'log']}\""
         raise ValueError(f"optimizer={fixed['optimizer']}: there is nothing to search; add {example}.")

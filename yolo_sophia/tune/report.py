@@ -140,7 +140,10 @@ def _trials(view: View) -> list[Block]:
 
 def _space(view: View) -> list[Block]:
     plan = view.plan
-    rows = [[key, str(own), scalar(plan.start[key]) if key in plan.start else DASH] for key, own in plan.space.items()]
+    rows = [
+        [key, str(dimension), scalar(plan.start[key]) if key in plan.start else DASH]
+        for key, dimension in plan.space.items()
+    ]
     space = Table("What was searched", ["argument", "values", "the optimizer's own"], rows, numbers=False)
     fixed = [[key, scalar(value)] for key, value in plan.fixed.items()]
     return [

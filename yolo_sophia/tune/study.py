@@ -187,8 +187,8 @@ class SharedStudy:
             raise RuntimeError(f"trial {trial.number} is new, and locked in {self._locks}")
         trial.set_user_attr(FOLDER, self.folder)
         as_given = trial.user_attrs.get(AS_GIVEN, False)
-        space = {key: own for key, own in self.plan.space.items() if not as_given or key in self.plan.start}
-        settings = {key: own.rounded(_suggest(trial, key, own)) for key, own in space.items()}
+        space = {key: dimension for key, dimension in self.plan.space.items() if not as_given or key in self.plan.start}
+        settings = {key: dimension.rounded(_suggest(trial, key, dimension)) for key, dimension in space.items()}
         settings = {} if as_given else settings
         trial.set_user_attr(SETTINGS, settings)
         self.storage.record_heartbeat(trial._trial_id)

@@ -13,26 +13,26 @@ from yolo_sophia.runs.run import data_name
 def sections(result: ComparisonResult) -> list[Section]:
     """A table for each data set; a fact that arms share is one row."""
     blocks: list[Block] = []
-    for data in dict.fromkeys(own.data for own in result.preflight):
-        found = [own for own in result.preflight if own.data == data]
-        if rows := _rows(found):
+    for data in dict.fromkeys(preflight.data for preflight in result.preflight):
+        preflights = [preflight for preflight in result.preflight if preflight.data == data]
+        if rows := _rows(preflights):
             head = ["fact", "arms", "verdict", "figure", "to type or to change"]
             blocks.append(
                 Table(f"{data_name(data)}: the full trainings as planned, before any tuning", head, rows, False)
             )
-        for own in found:
-            if own.error:
-                blocks.append(Text(f"{own.arm} on {data_name(data)} was not examined: {own.error}", "note"))
+        for preflight in preflights:
+            if preflight.error:
+                blocks.append(Text(f"{preflight.arm} on {data_name(data)} was not examined: {preflight.error}", "note"))
     return [Section("doctor", "Before the training", blocks)]
 
 
-def _rows(found: Sequence[Preflight]) -> list[list[str]]:
+def _rows(preflights: Sequence[Preflight]) -> list[list[str]]:
     """Rows in the order of the facts, the arms with the same row together."""
-    names = list(dict.fromkeys(fact["fact"] for own in found for fact in own.facts))
+    names = list(dict.fromkeys(fact["fact"] for preflight in preflights for fact in preflight.facts))
     arms: dict[tuple[str, ...], list[str]] = {}
-    for own in found:
-        for fact in own.facts:
-            arms.setdefault((fact["fact"], fact["verdict"], fact["figure"], fact["argument"]), []).append(own.arm)
-    examined = sum(bool(own.facts) for own in found)
+    for preflight in preflights:
+        for fact in preflight.facts:
+            arms.setdefault((fact["fact"], fact["verdict"], fact["figure"], fact["argument"]), []).append(preflight.arm)
+    examined = sum(bool(preflight.facts) for preflight in preflights)
     ordered = sorted(arms, key=lambda row: names.index(row[0]))
     return [[row[0], "all" if len(arms[row]) == examined else ", ".join(arms[row]), *row[1:]] for row in ordered]

@@ -77,16 +77,16 @@ def _score_picture(aggregates: tuple[Aggregate, ...]) -> Picture:
 
 def _picture(axis: str, profiles: tuple[Profile, ...]) -> Picture:
     title = f"Performance profile: {AXIS_NOUNS[axis]} to target"
-    alt = f"{title}. Area under the line: {', '.join(f'{own.arm} {own.area:.2f}' for own in profiles)}."
+    alt = f"{title}. Area under the line: {', '.join(f'{profile.arm} {profile.area:.2f}' for profile in profiles)}."
     return picture(f"profile-{AXIS_NOUNS[axis]}", _figure(title, profiles), alt)
 
 
 def _figure(title: str, profiles: tuple[Profile, ...]) -> Figure:
-    styles = [Style(own.arm, number) for number, own in enumerate(profiles)]
+    styles = [Style(profile.arm, number) for number, profile in enumerate(profiles)]
     figure, axes = panel(title, styles)
-    for style, own in zip(styles, profiles):
-        marks = mark_positions(len(own.taus), style.number)
-        axes.step(own.taus, own.fractions, where="post", markevery=marks, **style.line)
+    for style, profile in zip(styles, profiles):
+        marks = mark_positions(len(profile.taus), style.number)
+        axes.step(profile.taus, profile.fractions, where="post", markevery=marks, **style.line)
     axes.set(xlabel="factor over the best arm's cost", ylabel="share of the data sets", ylim=(-0.03, 1.05))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}{TIMES}"))
     return figure

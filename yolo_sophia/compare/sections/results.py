@@ -124,24 +124,24 @@ def _cost_figure(title: str, axis: str, data: DataResult) -> Figure:
     """A bar up to the median over seeds, a mark per seed, and the number of seeds that missed the target."""
     figure, axes = row_panel(title, [arm.name for arm in data.arms])
     costs = [arm.summary.costs[axis] if arm.summary else () for arm in data.arms]
-    finite = [cost for own in costs for cost in own if math.isfinite(cost)]
+    finite = [cost for by_seed in costs for cost in by_seed if math.isfinite(cost)]
     scale, unit = axis_unit(axis, max(finite, default=0))
-    room = 1.75 if any(math.isinf(cost) for own in costs for cost in own) else 1.06  # for words beside the bars
+    room = 1.75 if any(math.isinf(cost) for by_seed in costs for cost in by_seed) else 1.06  # for words beside the bars
     end = room * max(finite, default=scale) / scale or 1.0
-    for y, (arm, own) in enumerate(zip(data.arms, costs)):
+    for y, (arm, by_seed) in enumerate(zip(data.arms, costs)):
         style = style_of(arm)
-        if not own:
+        if not by_seed:
             axes.text(0.02 * end, y, "not run", va="center", color=MUTED, fontsize=8)
             continue
         middle = arm.summary.cost[axis] / scale
         if math.isfinite(middle):
             axes.barh(y, middle, height=0.58, color=style.color, alpha=0.35, linewidth=0)
             axes.plot([middle, middle], [y - 0.29, y + 0.29], color=style.color, linewidth=2.2)
-        reached = [cost / scale for cost in own if math.isfinite(cost)]
+        reached = [cost / scale for cost in by_seed if math.isfinite(cost)]
         axes.plot(reached, [y] * len(reached), linestyle="none", marker=style.line["marker"], markersize=4.5,
                   color=style.color)  # fmt: skip
-        if missed := len(own) - len(reached):
-            text = f"{missed} of {len(own)} missed \N{RIGHTWARDS ARROW}"
+        if missed := len(by_seed) - len(reached):
+            text = f"{missed} of {len(by_seed)} missed \N{RIGHTWARDS ARROW}"
             axes.text(0.99 * end, y, text, va="center", ha="right", color=INK, fontsize=8)
     axes.set_xlim(0, end)
     axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -25,7 +25,7 @@ def sections(result: ComparisonResult) -> list[Section]:
         names.append(arm.name if finished else (arm.name, "as planned, no run finished"))
         for key in {key for _, arguments in recorded for key in arguments} - OF_A_RUN:
             values.setdefault(key, {})[arm.name] = _value(recorded, key)
-    rows = {key: [own.get(arm.name, DASH) for arm in arms] for key, own in values.items()}
+    rows = {key: [by_arm.get(arm.name, DASH) for arm in arms] for key, by_arm in values.items()}
     order = sorted(rows, key=lambda key: (key != "optimizer", key != "lr0", key))
     differing = [[key, *rows[key]] for key in order if len(set(rows[key])) > 1]
     same = [[key, rows[key][0]] for key in order if len(set(rows[key])) == 1]
@@ -47,7 +47,7 @@ def _recorded(result: ComparisonResult, arm: Arm) -> tuple[list[tuple[str, Mappi
     if finished:
         # A resumed run has recorded its checkpoint as the model.
         arguments = [{**run.receipt["args"], "model": run.run.arguments.get("model")} for run in finished]
-        return [(data_name(run.run.data), own) for run, own in zip(finished, arguments)], True
+        return [(data_name(run.run.data), recorded) for run, recorded in zip(finished, arguments)], True
     runs = [record.result.run for record in result.records if record.result.run.arm == arm.name]
     planned = [("", {**result.plan.common, **arm.arguments})]
     return [(data_name(run.data), run.arguments) for run in runs] or planned, False

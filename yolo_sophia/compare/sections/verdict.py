@@ -152,7 +152,7 @@ def _spread(gap: Difference) -> str:
 
 def _verdict(result: ComparisonResult, arm: ArmResult) -> Verdict:
     """Steps to the target, horizons, final mAP and training time of an arm on a data set."""
-    data = next(own for own in result.data if own.name == arm.data)
+    data = next(found for found in result.data if found.name == arm.data)
     reference = data.arms[0]
     name = arm.name if len(result.data) == 1 else f"{arm.name} on {data.name}"
     if not arm.ratios:
@@ -203,12 +203,12 @@ def cost_sentence(ratio: Ratio) -> str:
     return text + _left_out(ratio.unpaired, "run in one arm only")
 
 
-def horizon_sentence(score: HorizonScore, own: HorizonScore) -> str:
-    """Which planned schedule reached the target; `own` is the reference arm's score."""
+def horizon_sentence(score: HorizonScore, reference: HorizonScore) -> str:
+    """Which planned schedule reached the target; `reference` is the reference arm's score."""
     arm, base, aim = score.arm, score.reference, _target(score)
     if score.target is None:
         return f"{base} has no final mAP50-95 above 0 on {score.data}, so there is no horizon to find."
-    planned, theirs = ([horizon for horizon, *_ in one.medians] for one in (score, own))
+    planned, theirs = ([horizon for horizon, *_ in one.medians] for one in (score, reference))
     if max(len(planned), len(theirs)) < 2:
         return f"{arm} and {base} were not run over shorter schedules on {score.data}."
     listed = ", ".join(f"{horizon:g}" for horizon in planned)
@@ -220,9 +220,9 @@ def horizon_sentence(score: HorizonScore, own: HorizonScore) -> str:
         )
     if score.missed_longer:
         text += f", although {', '.join(f'{horizon:g} T' for horizon in score.missed_longer)} missed it"
-    text += f"; {base} has none" if own.shortest is None else f"; {base}'s own is {own.shortest:g} T"
+    text += f"; {base} has none" if reference.shortest is None else f"; {base}'s own is {reference.shortest:g} T"
     text += "" if planned == theirs else ", but the two ran different ones"
-    fewest = min(seeds for one in (score, own) for *_, seeds in one.medians)
+    fewest = min(seeds for one in (score, reference) for *_, seeds in one.medians)
     return f"{text} (medians, {count(fewest, 'seed')} at least)."
 
 
