@@ -72,34 +72,24 @@ def aggregate(scores: Mapping[str, Mapping[str, Sequence[float]]], reference: st
         scores: All arms have the same data sets, with at least one run on each; the numbers of runs may differ.
         reference: The arm that the others are compared with.
     """
-    values = {arm: [np.asarray(one, dtype=float) for one in own.values()] for arm, own in scores.items()}
-    pooled = np.concatenate([one for own in values.values() for one in own])
+    values = {arm: [np.asarray(runs, dtype=float) for runs in by_data.values()] for arm, by_data in scores.items()}
+    pooled = np.concatenate([runs for by_data in values.values() for runs in by_data])
     low, high = max(pooled.min(), LIMITS[0]), min(pooled.max(), LIMITS[1])
     room = 0.05 * ((high - low) or 1.0)
     taus = np.linspace(low - room, high + room, POINTS)
     rng = np.random.default_rng(0)
-    counts = {arm: [_resampled(len(one), rng) for one in own] for arm, own in values.items()}
-    known = min(len(one) for own in values.values() for one in own) > 1
+    counts = {arm: [_resampled(len(runs), rng) for runs in by_data] for arm, by_data in values.items()}
+    known = min(len(runs) for by_data in values.values() for runs in by_data) > 1
     made = []
-    for arm, own in values.items():
-        ones, drawn = [np.ones((1, len(one))) for one in own], counts[arm]
-        shares = [_shares(own, taus, times) for times in (ones, drawn)]
-        ends = np.quantile(shares[1], [0.025, 0.975], axis=0) if known else np.empty((2, 0))
-        means = [iqm(np.concatenate(own), np.concatenate(times, axis=1)) for times in (ones, drawn)]
+    for arm, by_data in values.items():
+        shares = _shares(by_data, taus, counts[arm])
+        ends = np.quantile(shares[1:], [0.025, 0.975], axis=0) if known else np.empty((2, 0))
+        mean = iqm(np.concatenate(by_data), np.concatenate(counts[arm], axis=1))
         better = None
         if arm != reference:
-            base = values[reference]
-            flat = [np.ones((1, len(one))) for one in base]
-            pairs = ((ones, flat), (drawn, counts[reference]))
-            better = _interval(*(_improvement(own, base, *times) for times in pairs), known)
-        made.append(
-            Aggregate(
-                arm,
-                _interval(*means, known),
-                better,
-                *(tuple(map(float, line)) for line in (taus, shares[0][0], *ends)),
-            )
-        )
+            better = _interval(_improvement(by_data, values[reference], counts[arm], counts[reference]), known)
+        lines = (tuple(map(float, line)) for line in (taus, shares[0], *ends))
+        made.append(Aggregate(arm, _interval(mean, known), better, *lines))
     return tuple(made)
 
 
@@ -108,10 +98,10 @@ def iqm(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
     Args:
         values: Shape (n,).
-        counts: How often each value occurs, shape (resamples, n).
+        counts: How often each value occurs, a row for each sample, shape (samples, n).
 
     Returns:
-        Shape (resamples,).
+        Shape (samples,).
     """
     order = np.argsort(values)
     ends = np.cumsum(counts[:, order], axis=1)
@@ -122,32 +112,33 @@ def iqm(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _resampled(size: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each run is drawn, shape (RESAMPLES, size)."""
-    return rng.multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
+    """How often each run occurs: once in the first row, as drawn in the others; shape (1 + RESAMPLES, size)."""
+    return np.concatenate([np.ones((1, size), int), rng.multinomial(size, np.full(size, 1 / size), size=RESAMPLES)])
 
 
-def _shares(own: Sequence[np.ndarray], taus: np.ndarray, counts: Sequence[np.ndarray]) -> np.ndarray:
-    """Share of the runs above each threshold, shape (resamples, taus)."""
-    return np.mean([times @ (one[:, None] > taus) / len(one) for one, times in zip(own, counts)], axis=0)
+def _shares(values: Sequence[np.ndarray], taus: np.ndarray, counts: Sequence[np.ndarray]) -> np.ndarray:
+    """Share of the runs above each threshold, averaged over the data sets, shape (samples, taus)."""
+    return np.mean([times @ (runs[:, None] > taus) / len(runs) for runs, times in zip(values, counts)], axis=0)
 
 
 def _improvement(
-    own: Sequence[np.ndarray],
-    base: Sequence[np.ndarray],
-    own_counts: Sequence[np.ndarray],
-    base_counts: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray],
+    counts: Sequence[np.ndarray],
+    reference_counts: Sequence[np.ndarray],
 ) -> np.ndarray:
-    """Probability that a run ends above one of the reference, shape (resamples,)."""
-    found = []
-    for one, two, times, others in zip(own, base, own_counts, base_counts):
-        above = (one[:, None] > two) + 0.5 * (one[:, None] == two)
-        found.append(((times @ above) * others).sum(axis=1) / above.size)
-    return np.mean(found, axis=0)
+    """Probability that a run ends above one of the reference, averaged over the data sets, shape (samples,)."""
+    shares = []
+    for runs, others, times, other_times in zip(values, reference, counts, reference_counts):
+        above = (runs[:, None] > others) + 0.5 * (runs[:, None] == others)
+        shares.append(((times @ above) * other_times).sum(axis=1) / above.size)
+    return np.mean(shares, axis=0)
 
 
-def _interval(value: np.ndarray, resampled: np.ndarray, known: bool) -> Interval:
-    ends = map(float, np.quantile(resampled, [0.025, 0.975])) if known else (None, None)
-    return Interval(float(value[0]), *ends)
+def _interval(samples: np.ndarray, known: bool) -> Interval:
+    """The value of the first sample, and the interval of the others."""
+    ends = map(float, np.quantile(samples[1:], [0.025, 0.975])) if known else (None, None)
+    return Interval(float(samples[0]), *ends)
 
 
 def seeds_needed(scatter: float, difference: float, power: float = 0.8) -> int:
