@@ -165,7 +165,7 @@ def test_rho_is_steered_where_it_or_the_fraction_is_asked_for(typed, write_prese
 def test_a_fixed_rho_has_no_clip_fraction(write_preset):
     path = str(write_preset({"rho": "auto", "clip_fraction": 0.3}))
     assert "clip_fraction" not in resolve(decided(sophia=path, rho=0.1), (), Facts(False)).describe()
-    with pytest.raises(ValueError, match=r"clip_fraction=0.4 belongs to rho=auto, found rho=0.1: remove one"):
+    with pytest.raises(ValueError, match=r"clip_fraction=0.4 requires rho=auto, found rho=0.1: remove one"):
         decided(sophia=path, rho=0.1, clip_fraction=0.4)
 
 
@@ -777,7 +777,7 @@ REFUSED = {  # typed -> the exception and what it says
     "optimizer=sophia_x.y": (ValueError, "cannot import sophia_x"),
     "optimizer=SophiaG optimizer_args={'a':1}": (
         ValueError,
-        "optimizer_args goes with an optimizer given by a dotted path",
+        "optimizer_args requires an optimizer given by a dotted path",
     ),
     "optimizer=SophiaG sophia=detect-shrt": (
         ValueError,

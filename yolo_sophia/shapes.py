@@ -1,14 +1,13 @@
 """A generated detection data set: six kinds of flat shapes on cluttered backgrounds, drawn with OpenCV, offline.
 
-It gives examples, tests and tuning runs something to learn from without a download: `configs/data/shapes.yaml` calls
-`generate` the first time Ultralytics asks for the images. Three facts hold for every image:
+Examples, tests and tuning runs use it without a download: `configs/data/shapes.yaml` calls `generate` when Ultralytics
+needs the images for the first time.
 
-- it depends only on (seed, split, index), so splits of different lengths share their common images;
-- a box encloses the whole outline of its object, also the part that a later object hides;
-- at least `MIN_VISIBLE` of every object's pixels stay visible, and no two boxes overlap by more than `MAX_IOU`.
+- An image depends only on (seed, split, index), so splits of different lengths share their common images.
+- A box encloses the whole outline of its object, including parts that a later object hides.
+- At least `MIN_VISIBLE` of every object's pixels are visible, and no two boxes overlap by more than `MAX_IOU`.
 
-The one rule of this file: a folder that holds `shapes.json` is complete. All is written into a sibling folder that
-takes the root's name in a single rename at the very end.
+A folder with `shapes.json` is complete: the data set is written into a folder beside it, which is renamed at the end.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ import numpy as np
 NAMES = ("circle", "square", "triangle", "star", "ring", "cross")
 FORMAT = 1  # raise it whenever the same arguments draw other pixels, so that an old folder is not taken for a new one
 SPEC_FILE = "shapes.json"
-MIN_SIDE = 10.0  # px, longer side of the smallest box; below that a star and a circle are the same blob
+MIN_SIDE = 10.0  # px, longer side of the smallest box; smaller stars and circles look the same
 MIN_OBJECTS, MAX_OBJECTS = 2, 8
 MIN_VISIBLE, MAX_IOU = 0.5, 0.4
 
 
 def _polygon(*radii: float) -> np.ndarray:
-    """Return the vertices (n, 2) that lie at the given radii, at equal angles around the origin."""
+    """The vertices (n, 2) that lie at the given radii, at equal angles around the origin."""
     angles = np.arange(len(radii)) * (2 * np.pi / len(radii))
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.asarray(radii)[:, None]
 
@@ -73,7 +72,7 @@ class Shape:
 
 
 def _place(rng: np.random.Generator, size: int) -> Shape:
-    """Return a random shape that lies inside the image; its box's longer side is log-uniform up to half the image."""
+    """A random shape that lies inside the image; its box's longer side is log-uniform up to half the image."""
     kind = int(rng.integers(len(NAMES)))
     side = MIN_SIDE * (size / 2 / MIN_SIDE) ** rng.random()
     angle, stretch = 2 * np.pi * rng.random(), rng.uniform(0.85, 1.0)
@@ -87,13 +86,13 @@ def _place(rng: np.random.Generator, size: int) -> Shape:
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the intersection over union of two left-top-right-bottom boxes."""
+    """The intersection over union of two left-top-right-bottom boxes."""
     shared = float(np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)))
     return shared / float(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared)
 
 
 def _arrange(rng: np.random.Generator, size: int) -> list[Shape]:
-    """Return shapes in drawing order that keep to `MIN_VISIBLE` and `MAX_IOU`."""
+    """Shapes in drawing order that keep to `MIN_VISIBLE` and `MAX_IOU`."""
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
     shapes: list[Shape] = []
     visible: list[np.ndarray] = []  # one boolean mask (size, size) per shape
@@ -115,13 +114,13 @@ def _arrange(rng: np.random.Generator, size: int) -> list[Shape]:
 
 
 def _color(rng: np.random.Generator, saturation: tuple[int, int], value: tuple[int, int]) -> tuple[int, ...]:
-    """Return a BGR colour of any hue, with saturation and value from the given ranges (0-255)."""
+    """A BGR colour of any hue, with saturation and value from the given ranges (0-255)."""
     hsv = np.array([[[rng.integers(180), rng.integers(*saturation), rng.integers(*value)]]], np.uint8)
     return tuple(int(c) for c in cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0])
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return a muted gradient with soft blotches and clutter lines, (size, size, 3) uint8 BGR."""
+    """A muted gradient with soft blotches and clutter lines, (size, size, 3) uint8 BGR."""
     ends = np.array([_color(rng, (20, 120), (30, 190)) for _ in range(2)], np.float64)
     angle, ramp = 2 * np.pi * rng.random(), np.linspace(-0.5, 0.5, size)
     mix = np.clip(0.5 + np.cos(angle) * ramp[:, None] + np.sin(angle) * ramp, 0, 1)[..., None]
@@ -135,12 +134,12 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _contrast(pixels: np.ndarray, color: tuple[int, ...]) -> float:
-    """Return how far `color` is from the fifth of the `pixels` (height, width, 3) that come closest to it."""
+    """How far `color` is from the fifth of the `pixels` (height, width, 3) that come closest to it."""
     return float(np.quantile(np.abs(pixels - np.int16(color)).sum(axis=2), 0.2))
 
 
 def _render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[Shape]]:
-    """Return one image (size, size, 3) uint8 BGR and its shapes in drawing order."""
+    """One image (size, size, 3) uint8 BGR and its shapes in drawing order."""
     image, shapes = _background(rng, size), _arrange(rng, size)
     for shape in shapes:
         left, top, right, bottom = shape.box.astype(int)
@@ -166,7 +165,7 @@ def _write(folder: Path, split: int, name: str, count: int, size: int, seed: int
 
 
 def _is_complete(root: Path, spec: dict[str, object]) -> bool:
-    """Tell whether `root` holds exactly the data set of `spec`; False when there is nothing yet, an error otherwise."""
+    """Whether `root` holds the data set of `spec`; False if it is empty or missing, an error for other content."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     remedy = "Delete that folder or pass another root."
@@ -222,9 +221,9 @@ def generate(root: str | Path, *, train: int = 320, val: int = 96, size: int = 1
                 root.rmdir()  # Windows does not replace even an empty folder
             os.replace(draft, root)
         except OSError:
-            # Another process (a second rank, a second run) may have finished first; then its folder is as good.
+            # Another process (a second rank, a second run) may have finished first.
             if not _is_complete(root, spec):
                 raise
     finally:
-        shutil.rmtree(draft, ignore_errors=True)  # gone already after a success
+        shutil.rmtree(draft, ignore_errors=True)  # renamed after a success
     return root

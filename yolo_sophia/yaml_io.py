@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Make a dictionary; a merge (`<<`) gives way to what is written beside it, as everywhere in YAML."""
+        """Make a dictionary; keys beside a merge (`<<`) take precedence over merged ones, as in all YAML."""
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value if key_node.tag == _TAG + "merge" else self.construct_object(key_node, deep=True)
@@ -106,5 +106,5 @@ def read_yaml(path: Path, where: str) -> Any:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file; no name raises, be it too long or impossible."""
+    """Whether there is such a file; names that are too long or invalid do not raise."""
     return os.path.isfile(path)

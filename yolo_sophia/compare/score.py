@@ -165,7 +165,7 @@ class Summary:
 
     Attributes:
         seeds: Seeds that were run, failed runs included.
-        failed: Number of crashed runs. The means exclude them, so they flatter an arm with crashes.
+        failed: Number of crashed runs. The means exclude them, so they are too high for an arm with crashes.
         diverged: Number of diverged runs; a run may be both.
         final, best, final50: Final and best mAP50-95, final mAP50.
         missed: Number of runs that missed it, failed runs included.

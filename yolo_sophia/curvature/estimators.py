@@ -44,7 +44,7 @@ class Estimator:
         if not terms:
             return [None for _ in params]
         outputs = [term.output for term in terms]
-        # Cotangents are made in float32 and are final: autocast must touch neither them nor the pass, whoever calls.
+        # Cotangents are made in float32 and are final: autocast must change neither them nor the pass.
         with no_autocast(outputs[0].device):
             # In half precision, the scale goes in before the cast and out before the square.
             cotangents = [(self.cotangent(term, generator) * scale).to(term.output.dtype) for term in terms]

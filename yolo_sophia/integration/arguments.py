@@ -60,7 +60,7 @@ def canonical_optimizer(name: object) -> str | None:
     lower = str(name).lower()
     if lower in by_lower:
         return by_lower[lower]
-    started = [x for x in OPTIMIZERS if x.lower().startswith(lower)]  # the first is meant, as likely as not
+    started = [x for x in OPTIMIZERS if x.lower().startswith(lower)]  # the first is the likely one
     hint = suggestion(lower, started[:1] or OPTIMIZERS)
     if "soph" in lower or hint:
         raise ValueError(
@@ -124,7 +124,7 @@ def set_explicit(args: dict[str, Any], given: Mapping[str, Any]) -> set[str]:
     explicit = explicit_keys(args, given, record)
     if args.get(external_optimizer.ARGUMENTS) is not None:
         raise ValueError(
-            f"{external_optimizer.ARGUMENTS} goes with an optimizer given by a dotted path, found "
+            f"{external_optimizer.ARGUMENTS} requires an optimizer given by a dotted path, found "
             f"optimizer={args['optimizer']}. Its own arguments are {list(OPTIONS)}."
         )
     args.pop(external_optimizer.ARGUMENTS, None)
@@ -171,7 +171,7 @@ def check_together(values: Mapping[str, Any], explicit: Iterable[str], optimizer
     """
     if values.get("rho", AUTO) != AUTO and "clip_fraction" in explicit:
         raise ValueError(
-            f"clip_fraction={values.get('clip_fraction')} belongs to rho=auto, found rho={values['rho']}: remove one."
+            f"clip_fraction={values.get('clip_fraction')} requires rho=auto, found rho={values['rho']}: remove one."
         )
     estimator = values.get("hessian_estimator")
     if estimator is not None and (estimator == HUTCHINSON) != (str(optimizer).lower() == "sophiah"):

@@ -18,7 +18,7 @@ class Binding:
         self.bind()
 
     def bind(self) -> None:
-        """Wrap the method, unless it is wrapped: once more where somebody has replaced the wrapper."""
+        """Wrap the method, unless it is wrapped: again if other code has replaced the wrapper."""
         original = getattr(self.owner, self.name)
         if original is getattr(self, "_wrapper", None):
             return

@@ -88,8 +88,8 @@ def save_atomically(trainer: Any, save: Callable[[], Any]) -> Any:
 def convert_others(convert: Callable[[dict], dict], state_dict: dict[str, Any]) -> dict[str, Any]:
     """Call Ultralytics' `convert_optimizer_state_dict_to_fp16` on all state except that of our optimizers.
 
-    Most values of h are below the range of float16. Our optimizers are known by the state that they keep for a
-    parameter, whoever made them or wraps them; other optimizers that were built here are marked in their groups.
+    Most values of h are below the range of float16. Our optimizers are recognized by their state, also if other code
+    built or wrapped them. Other optimizers that this package built are marked in their groups.
     """
     if any(KEEP_FLOAT32 in group for group in state_dict["param_groups"]):
         return state_dict

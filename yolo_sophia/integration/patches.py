@@ -116,7 +116,7 @@ def _patch_trainer(patches: PatchSet, module: ModuleType) -> None:
     patches.replace(trainer, "__init__", init)
     patches.replace(trainer, "train", train)
     if not patches.replace(trainer, "check_resume", check_resume):
-        patches.remove_keys()  # nobody would take them out of other runs' args.yaml
+        patches.remove_keys()  # nothing would remove them from other runs' args.yaml
     patches.replace(trainer, "build_optimizer", build_optimizer)
     patches.replace(module, "convert_optimizer_state_dict_to_fp16", _in_checkpoints("convert_others"))
     patches.replace(module, "strip_optimizer", _in_checkpoints("strip_atomically"))

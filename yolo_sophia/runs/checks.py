@@ -12,12 +12,12 @@ DECIDED: Mapping[str, str] = MappingProxyType(
     {
         "seed": "use seeds=...",
         "optimizer": "use optimizers=..., or name it in an arm",
-        "data": "it is the plan's, the same for every arm",
-        "epochs": "they are the plan's, the same for every arm",
+        "data": "it is the same for every arm",
+        "epochs": "they are the same for every arm",
         "resume": "rerun the same command to resume",
         "exist_ok": "rerun the same command to resume, or use another project= or name=",
-        "project": "it belongs to the plan",
-        "name": "it belongs to the plan",
+        "project": "it is the plan's own folder",
+        "name": "it is the plan's own folder",
         "save_dir": "use project= and name=",
     }
 )

@@ -205,7 +205,7 @@ def _consistent(plan: TunePlan, explicit: set[str]) -> TunePlan:
     """Refuse keys that others make meaningless; a grid has no more trials than points."""
     for key, word, needed in (("grid_points", "sampler", "grid"), ("prune_after", "pruner", "median or hyperband")):
         if key in explicit and getattr(plan, word) not in needed:
-            raise ValueError(f"{key} goes with {word}={needed}, found {word}={getattr(plan, word)}.")
+            raise ValueError(f"{key} requires {word}={needed}, found {word}={getattr(plan, word)}.")
     if plan.pruner != "none" and plan.prune_after >= plan.trial_epochs and "prune_after" in explicit:
         raise ValueError(
             f"prune_after={plan.prune_after}: expected less than a trial's {plan.trial_epochs} epochs, or pruner=none."

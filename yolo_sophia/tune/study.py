@@ -119,8 +119,8 @@ class SharedStudy:
         if differing := [key for key in {**mine, **there} if mine.get(key) != there.get(key)]:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
             raise ValueError(
-                f"study={self.plan.study} in {self.plan.storage} is another one ({shown}). Give the same arguments to "
-                "go on with it, or another out= or study= to begin one."
+                f"study={self.plan.study} in {self.plan.storage} has other arguments ({shown}). Use the same "
+                "arguments to resume it, or another name= or study= to start a new study."
             )
 
     def _plan_ahead(self) -> None:

@@ -160,7 +160,7 @@ class Recorder:
 
     @property
     def callables(self) -> list[Any]:
-        """The callables that would be recorded; another list means that somebody replaced one."""
+        """The callables that would be recorded; another list means that one was replaced."""
         found = [self._find(path)[2] for path in self.recorded_callables]
         return [getattr(one, "__func__", one) for one in found]
 
