@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -18,11 +19,12 @@ from exact import (
     without_running_statistics,
 )
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from yolo_sophia.curvature import EmpiricalFisher, GaussNewtonBartlett, Hutchinson, OnBatches, likelihood_of
-from yolo_sophia.curvature.batches import Batches, moved
+from yolo_sophia.curvature.batches import Batches, buffers_kept, moved
 from yolo_sophia.curvature.noise import forked
 
 WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
@@ -101,6 +103,34 @@ def test_oracles_agree_with_curvlinops(net, reduction):
             operator = kind(net, loss, list(net.parameters()), data, progressbar=False)
             theirs = (operator @ torch.eye(operator.shape[1], dtype=torch.float64)).diag()
             torch.testing.assert_close(torch.cat([e.flatten() for e in exact]), theirs, rtol=1e-8, atol=1e-12)
+
+
+class Shifting(nn.BatchNorm1d):
+    """A norm with a forward pass of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.running_mean += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_keeps_the_buffers(training):
+    """Whatever a norm does, it finds the buffers it has, its output is that of a plain pass, and an error ends it."""
+    norms = [*(nn.BatchNorm1d(4) for _ in range(3)), Shifting(4), nn.BatchNorm1d(4, track_running_stats=False)]
+    norms[2].forward = lambda x: norms[2].running_var.mul_(2) * x
+    model = nn.Sequential(*norms).train(training)
+    model[1].eval()
+    x, before = torch.rand(5, 4), copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(model)
+    expected[2].forward = lambda x: expected[2].running_var.mul_(2) * x
+    for inputs in (x, x, None):
+        with pytest.raises(AttributeError) if inputs is None else nullcontext(), buffers_kept(model) as copies:
+            found = functional_call(model, copies, (inputs,))
+    assert torch.equal(found, expected(x))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [m.track_running_stats for m in model] == [True, True, True, True, False]
+    with buffers_kept(nn.Sequential(nn.BatchNorm1d(4), nn.SyncBatchNorm(4))) as copies:
+        assert not copies
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -22,6 +22,7 @@ from yolo_sophia.curvature import (
     Bernoulli,
     Categorical,
     EmpiricalFisher,
+    Gaussian,
     GaussNewtonBartlett,
     Hutchinson,
     Quadratic,
@@ -30,6 +31,7 @@ from yolo_sophia.curvature.losses import cross_entropy
 from yolo_sophia.integration.criteria import recorder_for
 from yolo_sophia.integration.criteria.detect import DetectionRecorder
 from yolo_sophia.integration.criteria.model import FunctionalLossRecorder
+from yolo_sophia.integration.criteria.psd_hessian import quadratic
 
 SAMPLES = 12_000
 pytestmark = pytest.mark.compat
@@ -229,6 +231,54 @@ def test_recording_draws_no_global_noise_and_changes_no_loss():
     assert torch.equal(plain, recorded)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (str(np.random.get_state()), random.getstate())
+
+
+def test_parameters_with_the_same_gradient_or_one_number_for_all():
+    a, b, c = (torch.zeros(3, requires_grad=True) for _ in range(3))
+    target = torch.tensor([1.0, 2.0, 3.0])
+    terms = [Gaussian(a + b, torch.ones(()), target), Gaussian(c.sum(), torch.ones(()), torch.tensor(2.0))]
+    for scale in (1.0, 64.0):
+        found = EmpiricalFisher()(terms, [a, b, c], scale=scale)
+        for value, expected in zip(found, (target.square(), target.square(), torch.full((3,), 4.0))):
+            assert torch.equal(value, expected)
+
+
+class Cubed(torch.autograd.Function):
+    """x^3, in a form that cannot be batched."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * Squared.apply(x) * grad
+
+
+class Squared(torch.autograd.Function):
+    """x^2, likewise."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        assert x.ravel().tolist(), "reads values, as no batched pass can"
+        return 2 * x * grad * float(grad.sum() / grad.sum())
+
+
+@pytest.mark.parametrize("cube", [lambda x: x**3, Cubed.apply], ids=["batched", "cannot be batched"])
+def test_a_loss_of_rows_has_the_hessian_of_each(cube):
+    rows = torch.tensor([[1.0, 2.0, 3.0], [0.5, 1.0, 2.0]])
+    term = quadratic(rows.clone().requires_grad_(), torch.ones(2), lambda x: cube(x).sum() + (x[:, 0] * x[:, 1]).sum())
+    expected = torch.diag_embed(6 * rows)
+    expected[:, 0, 1] = expected[:, 1, 0] = 1.0
+    torch.testing.assert_close(term.root @ term.root.mT, expected)
 
 
 def test_backward_after_an_estimate_is_bit_identical():

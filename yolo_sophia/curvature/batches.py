@@ -1,18 +1,19 @@
 """Estimates on batches of their own: a forward pass of a model that leaves no trace in it.
 
 The model's buffers, its train or eval mode and every `.grad` are left unchanged. The pass runs in the mode that
-the model is in, on copies of the buffers, so that running statistics of BatchNorm do not move twice.
+the model is in. Running statistics of BatchNorm stay as they are, and of the other buffers it gets copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from yolo_sophia.curvature.hutchinson import Hutchinson, twice_differentiable
 
@@ -113,11 +114,31 @@ class OnBatches:
         """
         device = next((p.device for p in params), torch.device("cpu"))
         inputs, targets = (moved(part, device) for part in batch)
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         twice = twice_differentiable() if isinstance(self.estimator, Hutchinson) else nullcontext()
-        with torch.enable_grad(), twice:
+        with torch.enable_grad(), twice, buffers_kept(self.model) as buffers:
             output = functional_call(self.model, buffers, (inputs,))
             return self.estimator(self.score(output, targets), params, None)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Keep the buffers of a model as they are during a pass on the copies that this context returns, by name.
+
+    Those of BatchNorm, hundreds, are not copied. In train mode it normalises by the batch whether it tracks running
+    statistics or not, so meanwhile it does not; in eval mode it changes none.
+    """
+    forwards = (_BatchNorm.forward, SyncBatchNorm.forward)  # another one may do as it likes
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and getattr(m.forward, "__func__", 0) in forwards]
+    own = {id(b) for m in norms for b in m.buffers(recurse=False)}
+    tracking = [m for m in norms if m.training and m.track_running_stats]
+    copies = {name: b.clone() for name, b in model.named_buffers() if id(b) not in own}
+    try:
+        for m in tracking:
+            m.track_running_stats = False
+        yield copies
+    finally:
+        for m in tracking:
+            m.track_running_stats = True
 
 
 def moved(part: Any, device: torch.device) -> Any:

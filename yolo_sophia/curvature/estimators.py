@@ -49,7 +49,17 @@ class Estimator:
             # In half precision, the scale goes in before the cast and out before the square.
             cotangents = [(self.cotangent(term, generator) * scale).to(term.output.dtype) for term in terms]
             grads = torch.autograd.grad(outputs, params, cotangents, retain_graph=True, allow_unused=True)
-        return [None if g is None else (g.detach() / scale if scale != 1 else g.detach()).square_() for g in grads]
+        reached = [g.detach() for g in grads if g is not None]
+        squares = iter(squared(torch._foreach_div(reached, scale) if scale != 1 else reached))
+        return [None if g is None else next(squares) for g in grads]
+
+
+def squared(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Squares of gradients, in their memory where it is theirs alone: a + b gives a and b the same tensor."""
+    seen: set[int] = set()
+    own = [g.clone() if g.data_ptr() in seen or seen.add(g.data_ptr()) or 0 in g.stride() else g for g in grads]
+    torch._foreach_mul_(own, own)
+    return own
 
 
 class GaussNewtonBartlett(Estimator):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from yolo_sophia.curvature import Estimator, Hutchinson
 from yolo_sophia.integration.binding import Binding
 from yolo_sophia.integration.criteria import CriterionRecorder, measured_images_exponent
+from yolo_sophia.integration.skipping import is_finite
 from yolo_sophia.integration.subsample import loss_of_part
-from yolo_sophia.integration.window import all_finite
 
 SCALES_TRIED = 4
 """Scales to try for an estimate in float16, each an eighth of the one before."""
@@ -110,7 +110,7 @@ class EstimatePass:
         scale = min(scaler.get_scale(), self._largest_scale)
         for attempt in range(SCALES_TRIED):
             found = estimator(terms, params, torch.Generator(loss.device).manual_seed(seed), scale)
-            if all_finite([e for e in found if e is not None]):
+            if is_finite([e for e in found if e is not None]):
                 if attempt:
                     self._largest_scale = scale
                 break

@@ -60,11 +60,11 @@ def warn_of(count: int, event: str) -> None:
         LOGGER.warning(f"{event} ({count} so far)")
 
 
-def is_finite(grads: Sequence[Tensor]) -> bool:
-    """Whether a gradient is finite. Waits for the device."""
+def is_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are finite, such as those of a gradient. Waits for the device."""
     # The sum of squares is ten times as fast as the largest entry, but overflows from 2e19 on.
     orders = (2, torch.inf)
-    return not grads or any(torch.stack(torch._foreach_norm(grads, ord=n)).sum().isfinite() for n in orders)
+    return not tensors or any(torch.stack(torch._foreach_norm(tensors, ord=n)).sum().isfinite() for n in orders)
 
 
 def found_inf(grads: Sequence[Tensor]) -> Tensor:

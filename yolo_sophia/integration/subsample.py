@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from yolo_sophia.curvature.batches import buffers_kept
 from yolo_sophia.curvature.noise import preserved
 
 MIN_IMAGES = 4
@@ -38,7 +39,7 @@ def take_part(batch: dict[str, Any], images: int, overlap_mask: bool = True, sta
     if not overlap_mask:
         objects.add("masks")
     index = batch["batch_idx"].view(-1) if objects else None
-    rows = (index >= start) & (index < stop) if objects else None
+    rows = ((index >= start) & (index < stop)).nonzero().view(-1) if objects else None
     part = {}
     for key, value in batch.items():
         if key in objects:
@@ -66,10 +67,9 @@ def loss_of_part(
     """
     arguments = getattr(model, "args", None)  # a classifier has none
     part = take_part(batch, images, getattr(arguments, "overlap_mask", True), start)
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    if trainable:
-        frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-        state |= {name: p.detach().clone().requires_grad_() for name, p in frozen}
-    with preserved([part["img"].device]):
+    with preserved([part["img"].device]), buffers_kept(model) as state:
+        if trainable:
+            frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+            state |= {name: p.detach().clone().requires_grad_() for name, p in frozen}
         loss, _ = functional_call(model, state, (part,))
     return loss.sum()

@@ -6,11 +6,13 @@ over the ranks and updates h with it. A step that is skipped, or gradients that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from yolo_sophia.integration.skipping import is_finite
 
 
 class Window:
@@ -71,17 +73,13 @@ class Window:
         """
         estimates = [e for e in self.staged if e is not None]
         factor, known = reduce_over_ranks(estimates, self.batches, self.staged_images, exponent, known)
-        torch._foreach_mul_(estimates, factor)
+        if factor != 1:
+            torch._foreach_mul_(estimates, factor)
         return known
 
     def is_finite(self) -> bool:
         """Whether the staged estimate is finite. Waits for the device."""
-        return all_finite([e for e in self.staged if e is not None])
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether the sums of tensors are finite. Waits for the device."""
-    return not tensors or bool(torch.stack([t.sum() for t in tensors]).sum().isfinite())
+        return is_finite([e for e in self.staged if e is not None])
 
 
 def reduce_over_ranks(

@@ -30,14 +30,28 @@ def quadratic(output: Tensor, coefficient: Tensor, loss: Callable[[Tensor], Tens
     with torch.enable_grad(), no_autocast(output.device):
         rows = output.detach().to(wide(output)).requires_grad_()
         (gradient,) = torch.autograd.grad(loss(rows), rows, create_graph=True)
-        columns = range(rows.shape[1])
-        hessian = torch.stack([torch.autograd.grad(gradient[:, k].sum(), rows, retain_graph=True)[0] for k in columns])
-    hessian = hessian.permute(1, 0, 2)
+        hessian = jacobian_of_rows(gradient, rows)
     finite = hessian.isfinite().flatten(1).all(1)[:, None, None]
     values, vectors = eigh(torch.where(finite, hessian + hessian.mT, 0) / 2)
     root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT  # symmetric: the same on every device
     scale = coefficient.sqrt()[:, None]
     return Quadratic(output, root * scale[..., None], gradient.detach() * scale, coefficient[:, None])
+
+
+def jacobian_of_rows(outputs: Tensor, rows: Tensor) -> Tensor:
+    """Derivatives of each row of the outputs by the row of the same number, shape (N, m, d).
+
+    Args:
+        outputs: Rows in the graph, shape (N, m).
+        rows: What they were made from, shape (N, d).
+    """
+    m = outputs.shape[1]
+    one = torch.eye(m, dtype=outputs.dtype, device=outputs.device)[:, None].expand(m, *outputs.shape)
+    try:  # all columns in one pass: its operators are small and many
+        (columns,) = torch.autograd.grad(outputs, rows, one, retain_graph=True, is_grads_batched=True)
+    except RuntimeError:  # one of them cannot be batched
+        columns = torch.stack([torch.autograd.grad(outputs, rows, g, retain_graph=True)[0] for g in one])
+    return columns.movedim(0, 1)
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
