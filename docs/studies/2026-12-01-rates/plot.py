@@ -40,7 +40,7 @@ def main() -> None:
         axis.set_title(name, fontsize=10)
     figure.supxlabel("learning rate of what came from the weights", fontsize=10)
     figure.supylabel("final mAP50-95", fontsize=10)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(HERE / "rates.png", dpi=110)
 
 
