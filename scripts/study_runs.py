@@ -6,9 +6,10 @@ a forward pass in bfloat16 takes half of the time. Runs that have a result are n
 Usage: python scripts/study_runs.py PLAN.yaml DATA_FOLDER OUT_FOLDER [WORKERS]
 
 The plan has `common` (arguments of every run), `sets` (arguments by data set, with `data` relative to DATA_FOLDER),
-`arms` (arguments by arm; `lab: module.Class` replaces the class of SophiaG by one in scripts/, with `lab_settings` as
-its `settings`; its attribute `figures` enters the run's JSON file) and `jobs`: a list of
-{arm, sets, seeds} with an optional `grid`, which maps one argument to a list of values. Jobs run in their order.
+`arms` (arguments by arm) and `jobs`: a list of {arm, sets, seeds} with an optional `grid`, which maps one argument to a
+list of values. Jobs run in their order. `lab: module.Class` in an arm replaces the class of SophiaG by one in scripts/,
+with `lab_settings` as its `settings`. Its attribute `figures` enters the run's JSON file, and of these `moved` and
+`curbed` results.csv.
 OUT_FOLDER gets a JSON file per run, results.csv with all of them, and the images at the size of the study.
 """
 
@@ -30,7 +31,7 @@ from typing import Any
 
 import yaml
 
-COLUMNS = ("arm", "set", "seed", "grid", "map", "map50", "seconds", "steps", "lr0")
+COLUMNS = ("arm", "set", "seed", "grid", "map", "map50", "seconds", "steps", "lr0", "moved", "curbed")
 
 
 def runs_of(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -168,7 +169,7 @@ def main(plan_path: Path, data: Path, out: Path, workers: int = 2) -> None:
     with open(out / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({**row, **(row.get("lab") or {})} for row in rows)
     print(f"{len(rows)} of {len(runs)} runs have a result: {out / 'results.csv'}")
 
 
