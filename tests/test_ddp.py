@@ -161,7 +161,7 @@ def test_ranks_decide_together_that_a_loss_is_not_known(train):
 def test_rank_0_logs(run):
     # The rates by part, the preset and its origins, as on one device; and the drop.
     assert run.said.count("SophiaG:") == 3, run.said
-    assert len(re.findall(r"\n    new +\d+ +[\d,]+  0\.0025\n", run.said)) == 1
+    assert len(re.findall(r"\n    new +\d+ +[\d,]+  0\.01\n", run.said)) == 1
     assert run.said.count("dropped a Hessian estimate that is not finite (1 so far)") == 1
     assert (run.folder / "weights" / "last.pt").is_file()
     rows = (run.folder / "results.csv").read_text().splitlines()
